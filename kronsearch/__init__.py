@@ -1,0 +1,74 @@
+"""kronsearch: smaller networks by a search over Kronecker factorizations (SeKron) under a FLOPs and params budget.
+
+    import kronsearch as ks
+
+    model = ks.load_model("zoo:digits")
+    data = ks.load_data("digits", seed=0)
+    result = ks.search(model, data, budget=ks.Budget(flops="50%"), trials=20, out="DIR")
+    small = ks.apply_plan(model, ks.load_plan("DIR/plan.json"))
+
+Names are imported when they are first used, so that what needs no torch doesn't wait for it.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kronsearch.budget import Budget
+    from kronsearch.errors import KronsearchError
+    from kronsearch.models.apply import apply_plan
+    from kronsearch.models.loading import load_model
+    from kronsearch.models.profile import ModelCost, profile_model
+    from kronsearch.plan import Plan, load_plan, save_plan
+    from kronsearch.search.run import SearchResult, search
+    from kronsearch.search.space import SearchSpace, load_space
+    from kronsearch.sekron.spec import SeKronSpec
+    from kronsearch.training.data import Data
+    from kronsearch.training.sources import load_data
+
+__all__ = [
+    "Budget",
+    "Data",
+    "KronsearchError",
+    "ModelCost",
+    "Plan",
+    "SeKronSpec",
+    "SearchResult",
+    "SearchSpace",
+    "apply_plan",
+    "load_data",
+    "load_model",
+    "load_plan",
+    "load_space",
+    "profile_model",
+    "save_plan",
+    "search",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "budget",
+    "Data": "training.data",
+    "KronsearchError": "errors",
+    "ModelCost": "models.profile",
+    "Plan": "plan",
+    "SeKronSpec": "sekron.spec",
+    "SearchResult": "search.run",
+    "SearchSpace": "search.space",
+    "apply_plan": "models.apply",
+    "load_data": "training.sources",
+    "load_model": "models.loading",
+    "load_plan": "plan",
+    "load_space": "search.space",
+    "profile_model": "models.profile",
+    "save_plan": "plan",
+    "search": "search.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

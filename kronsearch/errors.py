@@ -1,0 +1,52 @@
+"""The errors that a user can cause; the command line prints each as one line and ends with exit code 2."""
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "KronsearchError",
+    "ModelError",
+    "PlanError",
+    "SpaceError",
+    "SpecError",
+    "StudyError",
+]
+
+
+class KronsearchError(Exception):
+    """Base of all errors a user can cause.
+
+    The message is one line: what was asked, why it can't be, and what is possible instead.
+    """
+
+
+class SpecError(KronsearchError, ValueError):
+    """A sequence of Kronecker factors, or its ranks, does not describe the kernel it is meant for."""
+
+
+class BudgetError(KronsearchError, ValueError):
+    """A budget is malformed, can't be reached, or asks for nothing."""
+
+
+class PlanError(KronsearchError, ValueError):
+    """A plan file is malformed, of another schema, or made for another network."""
+
+
+class SpaceError(KronsearchError, ValueError):
+    """A search space is malformed or unknown."""
+
+
+class ModelError(KronsearchError, ValueError):
+    """A model specification is unknown, or the model can't be run or measured."""
+
+
+class CheckpointError(KronsearchError, ValueError):
+    """A checkpoint is unreadable, or doesn't fit the model."""
+
+
+class DataError(KronsearchError, ValueError):
+    """A data specification is unknown, or the data are missing or malformed."""
+
+
+class StudyError(KronsearchError, ValueError):
+    """A study can't be opened, or was made with other settings."""

@@ -1,0 +1,196 @@
+"""The plan: what was done to each layer, and all that is needed to do it again on another checkpoint."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kronsearch.errors import PlanError
+from kronsearch.files import write_text
+from kronsearch.sekron.spec import SeKronSpec
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Cost",
+    "Decomposition",
+    "LayerPlan",
+    "ModelIdentity",
+    "Plan",
+    "PlanBudget",
+    "Provenance",
+    "Score",
+    "fingerprint",
+    "load_plan",
+    "save_plan",
+]
+
+SCHEMA_VERSION = 1
+_LARGEST_FILE = 64 * 2**20
+
+Count = Annotated[int, Field(ge=0)]
+Extent = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelIdentity(_Part):
+    """The network a plan was made for: its specification, None for a module of the caller's, and its fingerprint."""
+
+    spec: str | None
+    args: dict[str, Any] = {}
+    fingerprint: str
+
+
+class PlanBudget(_Part):
+    """The budget as the user wrote it, and as numbers."""
+
+    flops: str | None = None
+    params: str | None = None
+    max_macs: Count | None = None
+    max_params: Count | None = None
+
+
+class Cost(_Part):
+    """MACs of one example and parameters of a whole network, as fvcore counts."""
+
+    macs: Count
+    params: Count
+
+
+class LayerPlan(_Part):
+    """What becomes of a layer: a spec, or dense with the reason why."""
+
+    kernel_shape: tuple[Extent, ...]
+    spec: SeKronSpec | None = None
+    dense: str | None = None
+    error: Annotated[float, Field(ge=0)] = 0.0
+    """Predicted relative squared error of the kernel, in the norm of the decomposition."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "LayerPlan":
+        if (self.spec is None) == (self.dense is None):
+            raise ValueError("a layer has either a spec or the reason why it stays dense")
+        if self.spec is not None:
+            self.spec.check_kernel(self.kernel_shape)
+        return self
+
+
+class Decomposition(_Part):
+    """How kernels become factors.
+
+    `calibration_images` > 0 means data-aware; `batchnorm_images` is how many training images the statistics of batch
+    norms are re-estimated on; `seed` chooses both.
+    """
+
+    calibration_images: Count = 0
+    batchnorm_images: Count = 0
+    seed: int = 0
+
+
+class Score(_Part):
+    """The score of the plan's trial, on the validation split after the proxy fine-tune."""
+
+    metric: str
+    value: float
+    examples: Count
+
+
+class Provenance(_Part):
+    """Where a plan comes from."""
+
+    versions: dict[str, str]
+    seed: int
+    study: str | None = None
+    trial: Count | None = None
+    gap: float | None = None
+    """The allocation's proven relative gap to the lowest predicted error under the budget."""
+
+
+class Plan(_Part):
+    """A compression plan; `layers` is in the order in which the network runs them."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: ModelIdentity
+    input_shape: tuple[Extent, ...]
+    budget: PlanBudget
+    dense: Cost
+    compressed: Cost
+    layers: dict[str, LayerPlan]
+    decomposition: Decomposition
+    predicted_error: float
+    score: Score | None = None
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _fits_its_fingerprint(self) -> "Plan":
+        if self.model.fingerprint != fingerprint(self.layers):
+            raise ValueError("the fingerprint is not the one of the layers that the plan replaces")
+        return self
+
+    @property
+    def replaced(self) -> dict[str, SeKronSpec]:
+        """The spec of each layer that is not left dense."""
+        return {name: layer.spec for name, layer in self.layers.items() if layer.spec is not None}
+
+
+def fingerprint(layers: dict[str, LayerPlan]) -> str:
+    """Return a digest of the names and kernel shapes of the layers that a plan replaces.
+
+    Layers that stay dense are left out: another head on the same body is no mismatch.
+    """
+    replaced = sorted((name, list(layer.kernel_shape)) for name, layer in layers.items() if layer.spec is not None)
+    return hashlib.sha256(json.dumps(replaced).encode()).hexdigest()
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan as JSON, all of it or nothing; equal plans give equal bytes."""
+    write_text(Path(path), plan.model_dump_json(indent=2) + "\n")
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        PlanError: the file is missing, not a plan, of another schema, or contradicts itself.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise PlanError(f"{path} is larger than any plan ({_LARGEST_FILE >> 20} MiB): pass a plan.json")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise PlanError(
+            f"can't read the plan {path} ({reason}): pass the plan.json that `kronsearch run` wrote"
+        ) from error
+    return parse_plan(text, origin=str(path))
+
+
+def parse_plan(text: str, *, origin: str) -> Plan:
+    """Check the JSON text of a plan; `origin` is what errors call it.
+
+    Raises:
+        PlanError: it is not a plan, of another schema, or contradicts itself.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{origin} is not JSON ({error}): pass the plan.json that `kronsearch run` wrote") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version is None:
+        raise PlanError(f"{origin} is not a plan: it has no schema_version")
+    if version != SCHEMA_VERSION:
+        raise PlanError(
+            f"{origin} has schema_version {version!r}, this version of kronsearch reads {SCHEMA_VERSION}: "
+            "use the version that wrote it, or search anew"
+        )
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the plan"
+        raise PlanError(f"{origin} is not a valid plan: {where}: {first['msg']}") from error

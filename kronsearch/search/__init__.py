@@ -1,0 +1,1 @@
+"""Candidates, sensitivity, allocation and the study."""

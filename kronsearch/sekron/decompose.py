@@ -1,0 +1,53 @@
+"""Kernel to factors: recursive SVD, and for three factors and more a joint fit."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kronsearch.sekron.fit import fit
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.sekron.svd import recursive_svd
+from kronsearch.sekron.tensors import as_factors, balance, reconstruct, unfold_kernel
+
+__all__ = ["decompose", "relative_error"]
+
+
+def decompose(
+    kernel: Tensor, spec: SeKronSpec, *, metric: Metric | None = None, refine: bool | None = None
+) -> tuple[Tensor, ...]:
+    """Return the factors of a kernel.
+
+    Args:
+        kernel: (out channels, in channels, *extent), any floating dtype and device.
+        spec: sequence and ranks; its shapes multiply to the kernel's.
+        metric: of the layer; with it the error is small where it matters to the network.
+        refine: fit all factors together by alternating least squares; None means where the recursive SVD is not
+            optimal already, for three factors and more.
+
+    Returns:
+        S tensors; factor k (from 1) has the shape (R_1, …, R_min(k, S-1), *factor shape), the kernel's dtype and
+        device, and norms balanced within each term.
+
+    Raises:
+        SpecError: the spec is not one of this kernel's shape.
+    """
+    spec.check_kernel(kernel.shape)
+    shapes, length = spec.factor_shapes, spec.sequence_length
+    tensor = unfold_kernel(kernel.detach().double(), shapes)
+    if length == 1:
+        return (kernel.detach().clone(),)
+    if metric is not None:
+        tensor = metric.weight(tensor, shapes)
+    joint = length > 2 and refine is not False
+    matrices = fit(tensor, spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
+    if metric is not None:
+        matrices = metric.unweight(matrices, shapes)
+    return tuple(factor.to(kernel.dtype) for factor in as_factors(balance(matrices, spec.ranks), spec))
+
+
+def relative_error(kernel: Tensor, factors: Sequence[Tensor], spec: SeKronSpec) -> float:
+    """Return `‖W - Ŵ‖_F / ‖W‖_F`; for a kernel of zeros the numerator alone."""
+    kernel = kernel.detach().double()
+    error = float((kernel - reconstruct([factor.detach().double() for factor in factors], spec)).norm())
+    return error / (float(kernel.norm()) or 1.0)

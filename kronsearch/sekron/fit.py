@@ -1,0 +1,143 @@
+"""Joint fit of all factors by alternating least squares.
+
+With all factors but one fixed, that one solves a linear least-squares problem. Its normal equations need two things:
+the Gram matrix of the other factors' products, a Hadamard product of small Gram matrices, and the tensor contracted
+with those products. Both are formed term by term as in CP (Kolda and Bader, 2009, section 3.4); where a factor is
+shared by several terms, their blocks are added. A proximal term keeps every step solvable and bounds the
+cancelling terms of CP's degeneracy; the squared error never rises.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronsearch.sekron.svd import recursive_svd
+from kronsearch.sekron.tensors import balance, contract, leaves
+
+__all__ = ["fit", "grow"]
+
+_SWEEPS = 100
+_TOLERANCE = 1e-4  # of the squared error, over `_WINDOW` sweeps
+_WINDOW = 5
+_PROXIMAL = 1e-6  # of the Gram matrix's mean eigenvalue
+
+
+def fit(
+    tensor: Tensor,
+    ranks: Sequence[int],
+    *,
+    start: Sequence[Tensor] | None = None,
+    sweeps: int = _SWEEPS,
+    tolerance: float = _TOLERANCE,
+) -> tuple[list[Tensor], float]:
+    """Fit the factor matrices of a tensor (n_1, …, n_S), S ≥ 2, together.
+
+    Args:
+        tensor: the unfolded kernel.
+        ranks: (R_1, …, R_{S-1}).
+        start: factor matrices to begin with; the recursive SVD when None.
+        sweeps: at most that many passes over all factors.
+        tolerance: stop when five sweeps lower the squared error by less than this part of it.
+
+    Returns:
+        Balanced factor matrices (R_1…R_min(k, S-1), n_k), and the relative squared error `‖T - T̂‖² / ‖T‖²`.
+    """
+    energy = float(tensor.square().sum())
+    if energy == 0:
+        return recursive_svd(tensor, ranks), 0.0
+    matrices = balance(start if start is not None else begin(tensor, ranks), ranks)
+    floor = 10 * torch.finfo(tensor.dtype).eps
+    history: list[float] = []
+    for _ in range(sweeps):
+        squared = sweep(tensor, matrices, ranks) / energy
+        history.append(max(squared, 0.0))
+        if history[-1] < floor:
+            break
+        if len(history) > _WINDOW and history[-1 - _WINDOW] - history[-1] < tolerance * history[-1]:
+            break
+    matrices = balance(matrices, ranks)
+    return matrices, float((tensor - contract(matrices, ranks)).square().sum()) / energy
+
+
+def sweep(tensor: Tensor, matrices: list[Tensor], ranks: Sequence[int]) -> float:
+    """Update every factor in place once, and return the squared error after the last update.
+
+    The tensor is contracted twice: with the last factor for all the others, with the others for the last.
+    """
+    terms, last = prod(ranks), len(matrices) - 1
+    columns = leaves(matrices, ranks)
+    grams = [column @ column.T for column in columns]
+    squared = 0.0
+    shared = tensor @ columns[last].T
+    for k in range(last + 1):
+        if k < last:
+            partial = shared
+            for j in range(last - 1, -1, -1):
+                if j != k:
+                    axis = j if j < k else partial.ndim - 2
+                    shape = [1] * partial.ndim
+                    shape[axis], shape[-1] = columns[j].shape[1], terms
+                    partial = (partial * columns[j].T.reshape(shape)).sum(axis)
+            moment = partial.T
+        else:
+            product = columns[0]
+            for column in columns[1:last]:
+                product = (product[:, :, None] * column[:, None, :]).flatten(1)
+            moment = product @ tensor.reshape(-1, tensor.shape[-1])
+        gram = torch.stack([grams[j] for j in range(last + 1) if j != k]).prod(dim=0)
+        own = len(matrices[k])
+        moment = moment.reshape(own, terms // own, -1).sum(1)
+        gram = gram.reshape(own, terms // own, own, terms // own).sum((1, 3))
+        matrices[k] = solve(gram, moment, matrices[k])
+        if k == last:
+            squared = float(
+                tensor.square().sum() - 2 * (matrices[k] * moment).sum() + (matrices[k] * (gram @ matrices[k])).sum()
+            )
+        columns[k] = matrices[k].repeat_interleave(terms // own, dim=0)
+        grams[k] = columns[k] @ columns[k].T
+    return squared
+
+
+def solve(gram: Tensor, moment: Tensor, previous: Tensor) -> Tensor:
+    """Minimise `‖T - T̂‖² + δ‖X - previous‖²` over one factor: `(gram + δ) X = moment + δ previous`."""
+    delta = _PROXIMAL * gram.diagonal().mean()
+    for _ in range(8):
+        shifted = gram + delta * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        triangle, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return torch.cholesky_solve(moment + delta * previous, triangle)
+        delta = 10 * delta
+    return previous
+
+
+def begin(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Return factor matrices to begin with: the recursive SVD's, or for CP-like ranks its largest terms.
+
+    A recursive SVD of ranks (R, 1, …) has at most n_1 terms, one for each singular vector, though a CP sum can have
+    more; so the terms of larger inner ranks are taken, largest first.
+    """
+    if len(ranks) < 2 or any(rank > 1 for rank in ranks[1:]):
+        return recursive_svd(tensor, ranks)
+    return largest_terms(tensor, ranks[0])
+
+
+def largest_terms(tensor: Tensor, terms: int) -> list[Tensor]:
+    """Return the largest terms of the untruncated recursive SVD as CP matrices (terms, n_k)."""
+    sizes = tensor.shape
+    full = [min(sizes[k], prod(sizes[k + 1 :])) for k in range(len(sizes) - 1)]
+    columns = leaves(recursive_svd(tensor, full), full)
+    order = columns[-1].norm(dim=1).argsort(descending=True, stable=True)[:terms]
+    chosen = [column[order] for column in columns]
+    missing = terms - len(order)
+    if missing > 0:  # more terms than the tensor needs: the fit is exact without them
+        chosen = [torch.cat([column, column.new_zeros(missing, column.shape[1])]) for column in chosen]
+    return chosen
+
+
+def grow(tensor: Tensor, matrices: Sequence[Tensor], terms: int) -> list[Tensor]:
+    """Add terms to a CP-like fit: the largest of what it leaves over. A warm start for the next rank."""
+    rest = tensor - contract(matrices, (len(matrices[0]), *(1,) * (len(matrices) - 2)))
+    added = largest_terms(rest, terms - len(matrices[0]))
+    return [torch.cat(pair) for pair in zip(matrices, added, strict=True)]

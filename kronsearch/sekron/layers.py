@@ -1,0 +1,314 @@
+"""Layers that hold Kronecker factors and run without forming the kernel."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kronsearch.errors import SpecError
+from kronsearch.sekron.decompose import decompose
+from kronsearch.sekron.execution import Geometry, Stage, plan_stages
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.sekron.tensors import reconstruct
+
+__all__ = ["SeKronConv2d", "SeKronLinear", "conv_geometry"]
+
+
+def conv_geometry(conv: nn.Conv2d) -> Geometry:
+    """Return a convolution's geometry, string paddings resolved, padding modes other than zeros as padding beforehand."""
+    extent = conv.kernel_size
+    if conv.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, extent, strict=True)]
+        padding = tuple((span // 2, span - span // 2) for span in spans)
+    elif conv.padding == "valid":
+        padding = ((0, 0),) * len(extent)
+    else:
+        padding = tuple((int(p), int(p)) for p in conv.padding)
+    uneven = any(before != after for before, after in padding)
+    return Geometry(conv.stride, conv.dilation, padding, padded_first=uneven or conv.padding_mode != "zeros")
+
+
+def moved(data: Tensor, sizes: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """View data as `sizes`, put the dimensions into `order`, view as `shape`; copies only where something moves."""
+    wide = [dim for dim in order if sizes[dim] != 1]
+    if wide != sorted(wide):
+        data = data.reshape(sizes).permute(order)
+    return data.reshape(shape)
+
+
+class SeKronLayer(nn.Module):
+    """Base of the factorised layers: parameters, the walk through the stages, and the way back to the kernel.
+
+    Args:
+        spec: sequence and ranks.
+        geometry: of the layer.
+        bias: whether there is one, (out channels,).
+        dtype: of the parameters.
+        device: of the parameters.
+    """
+
+    factors: nn.ParameterList
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: SeKronSpec,
+        geometry: Geometry,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.geometry = spec, geometry
+        self.stages = plan_stages(spec, geometry)
+        self.factors = nn.ParameterList(torch.zeros(shape, dtype=dtype, device=device) for shape in spec.tensor_shapes)
+        zeros = torch.zeros(spec.kernel_shape[0], dtype=dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
+
+    @property
+    def kernel(self) -> Tensor:
+        """The kernel that the factors stand for, formed anew, differentiable."""
+        return reconstruct(tuple(self.factors), self.spec)
+
+    def load_layer(self, layer: nn.Conv2d | nn.Linear, metric: Metric | None, refine: bool | None) -> Self:
+        """Fill the factors from a dense layer's kernel, and copy its bias, corrected by the metric's mean input."""
+        factors = decompose(layer.weight, self.spec, metric=metric, refine=refine)
+        with torch.no_grad():
+            for parameter, factor in zip(self.factors, factors, strict=True):
+                parameter.copy_(factor)
+            if self.bias is not None and layer.bias is not None:
+                self.bias.copy_(layer.bias)
+                if metric is not None and metric.moments.mean is not None:
+                    lost = (layer.weight.double() - self.kernel.double()).flatten(1)
+                    self.bias += (lost @ metric.moments.mean.to(lost)).to(self.bias.dtype)
+        self.train(layer.training)
+        for parameter, origin in ((p, layer.weight) for p in self.factors):
+            parameter.requires_grad_(origin.requires_grad)
+        if self.bias is not None and layer.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self
+
+    def run(self, data: Tensor) -> Tensor:
+        """Run all stages on data (examples, in channels, *positions), and add the bias."""
+        examples = len(data)
+        first, *others = self.stages
+        later = self.spec.factor_shapes[-1][0]  # F_{k+1}…F_S, the out channels that are done
+        data = data.reshape(examples * first.batch, first.group_in, *data.shape[2:])
+        data = self._stage(first, data, self._weight(first), None if others else self.bias)
+        for stage in others:
+            last = stage is others[-1]
+            data = self._follow(stage, data, examples, later, self.bias if last and later == 1 else None)
+            later *= stage.group_out
+        if self.bias is not None and others and later != others[-1].group_out:
+            data = data + self.bias.reshape(-1, *(1,) * (data.ndim - 2))
+        return data
+
+    def _follow(self, stage: Stage, data: Tensor, examples: int, later: int, bias: Tensor | None) -> Tensor:
+        """Run a stage on (examples · C_1…C_k, R_1…R_k · later, *positions), where `later` stands for F_{k+1}…F_S.
+
+        Returns:
+            (examples · C_1…C_{k-1}, R_1…R_{k-1} · F_k · later, *positions).
+        """
+        outer, positions = stage.batch // later, data.shape[2:]
+        rank = self.spec.ranks[stage.factor]
+        in_channels = stage.group_in // rank
+        sizes = (examples, outer, in_channels, stage.groups, rank, later, *positions)
+        if outer == stage.groups == 1 and later > 1 and self._is_pointwise(stage):
+            # a 1×1 stage doesn't care which positions it sees: the done channels go there, and nothing is moved
+            data = data.reshape(examples, stage.group_in, later * positions[0], *positions[1:])
+            data = self._stage(stage, data, self._weight(stage), bias)
+            return data.reshape(examples, stage.group_out * later, *positions)
+        shape = (examples * outer * later, stage.groups * stage.group_in, *positions)
+        data = moved(data, sizes, (0, 1, 5, 3, 2, 4, *range(6, len(sizes))), shape)
+        data = self._stage(stage, data, self._weight(stage), bias)
+        positions = data.shape[2:]
+        sizes = (examples * outer, later, stage.groups, stage.group_out, *positions)
+        shape = (examples * outer, stage.groups * stage.group_out * later, *positions)
+        return moved(data, sizes, (0, 2, 3, 1, *range(4, len(sizes))), shape)
+
+    @staticmethod
+    def _is_pointwise(stage: Stage) -> bool:
+        geometry = stage.geometry
+        alone = all(n == 1 for n in (*stage.extent, *geometry.stride)) and not any(map(sum, geometry.padding))
+        return alone and bool(stage.extent)
+
+    def _weight(self, stage: Stage) -> Tensor:
+        """View a factor as the weight (groups · group_out, group_in, *extent) of its stage."""
+        factor = self.factors[stage.factor]
+        out_channels, in_channels, *extent = self.spec.factor_shapes[stage.factor]
+        if stage.factor < self.spec.sequence_length - 1:
+            rank = self.spec.ranks[stage.factor]
+            factor = factor.reshape(stage.groups, rank, out_channels, in_channels, *extent)
+            factor = factor.permute(0, 2, 3, 1, *range(4, factor.ndim))
+        return factor.reshape(stage.groups * stage.group_out, stage.group_in, *extent)
+
+    @abstractmethod
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run one stage on data (batch, groups · group_in, *positions)."""
+
+    def extra_repr(self) -> str:
+        """Show the spec beside the geometry."""
+        return f"{self.spec}, {self.geometry}, bias={self.bias is not None}"
+
+
+class SeKronConv2d(SeKronLayer):
+    """A 2-d convolution whose kernel is a sum of Kronecker products; it runs without forming the kernel.
+
+    Args:
+        spec: sequence and ranks of the kernel (out channels, in channels, height, width).
+        geometry: stride, dilation, padding.
+        bias: whether there is one.
+        padding_mode: as `torch.nn.Conv2d`'s.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Raises:
+        SpecError: the spec's kernel has not four modes.
+    """
+
+    def __init__(
+        self,
+        spec: SeKronSpec,
+        geometry: Geometry,
+        *,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(spec.kernel_shape) != 4:
+            raise SpecError(f"a 2-d convolution has a kernel of 4 modes, {spec} has {len(spec.kernel_shape)}")
+        super().__init__(spec, geometry, bias=bias, dtype=dtype, device=device)
+        self.padding_mode = padding_mode
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, spec: SeKronSpec, *, metric: Metric | None = None, refine: bool | None = None
+    ) -> Self:
+        """Factorise a convolution.
+
+        Raises:
+            SpecError: the convolution is grouped, or the spec's shapes don't multiply to its kernel's.
+        """
+        if conv.groups != 1:
+            raise SpecError(f"a convolution with groups={conv.groups} can't be factorised, only groups=1")
+        spec.check_kernel(conv.weight.shape)
+        layer = cls(
+            spec,
+            conv_geometry(conv),
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            dtype=conv.weight.dtype,
+            device=conv.weight.device,
+        )
+        return layer.load_layer(conv, metric, refine)
+
+    def to_conv(self) -> nn.Conv2d:
+        """Return the dense convolution of the reconstructed kernel."""
+        out_channels, in_channels, *extent = self.spec.kernel_shape
+        geometry = self.geometry
+        uneven = any(before != after for before, after in geometry.padding)
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            (extent[0], extent[1]),
+            stride=(geometry.stride[0], geometry.stride[1]),
+            padding="same" if uneven else (geometry.padding[0][0], geometry.padding[1][0]),
+            dilation=(geometry.dilation[0], geometry.dilation[1]),
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            dtype=self.factors[0].dtype,
+            device=self.factors[0].device,
+        )
+        return to_dense(self, conv)
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Convolve (examples, in channels, height, width); an input without examples is taken as one."""
+        if data.ndim == 3:
+            return self(data[None])[0]
+        if self.geometry.padded_first:
+            widths = [n for pair in reversed(self.geometry.padding) for n in pair]
+            data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return self.run(data)
+
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        geometry = stage.geometry
+        padding = [before for before, _ in geometry.padding]
+        return F.conv2d(data, weight, bias, geometry.stride, padding, geometry.dilation, stage.groups)
+
+
+class SeKronLinear(SeKronLayer):
+    """A linear layer whose weight is a sum of Kronecker products; it runs without forming the weight.
+
+    Args:
+        spec: sequence and ranks of the weight (out features, in features).
+        bias: whether there is one.
+        dtype: of the parameters.
+        device: of the parameters.
+
+    Raises:
+        SpecError: the spec's kernel has not two modes.
+    """
+
+    def __init__(
+        self,
+        spec: SeKronSpec,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(spec.kernel_shape) != 2:
+            raise SpecError(f"a linear layer has a kernel of 2 modes, {spec} has {len(spec.kernel_shape)}")
+        super().__init__(spec, Geometry(), bias=bias, dtype=dtype, device=device)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, spec: SeKronSpec, *, metric: Metric | None = None, refine: bool | None = None
+    ) -> Self:
+        """Factorise a linear layer.
+
+        Raises:
+            SpecError: the spec's shapes don't multiply to the weight's.
+        """
+        spec.check_kernel(linear.weight.shape)
+        weight = linear.weight
+        layer = cls(spec, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
+        return layer.load_layer(linear, metric, refine)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the dense linear layer of the reconstructed weight."""
+        out_features, in_features = self.spec.kernel_shape
+        first = self.factors[0]
+        linear = nn.Linear(
+            in_features, out_features, bias=self.bias is not None, dtype=first.dtype, device=first.device
+        )
+        return to_dense(self, linear)
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Map (..., in features) to (..., out features)."""
+        return self.run(data.reshape(-1, data.shape[-1])).reshape(*data.shape[:-1], -1)
+
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if stage.groups == 1:
+            return F.linear(data, weight, bias)
+        inputs = data.reshape(len(data), stage.groups, stage.group_in).transpose(0, 1)
+        weights = weight.reshape(stage.groups, stage.group_out, stage.group_in).transpose(1, 2)
+        return torch.bmm(inputs, weights).transpose(0, 1).reshape(len(data), -1)
+
+
+Dense = TypeVar("Dense", nn.Conv2d, nn.Linear)
+
+
+def to_dense(layer: SeKronLayer, dense: Dense) -> Dense:
+    """Fill a dense layer with the reconstructed kernel and the bias of a factorised one."""
+    with torch.no_grad():
+        dense.weight.copy_(layer.kernel)
+        if layer.bias is not None and dense.bias is not None:
+            dense.bias.copy_(layer.bias)
+    return dense.train(layer.training)

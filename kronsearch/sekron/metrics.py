@@ -1,0 +1,130 @@
+"""The norm in which errors are measured: plain, or weighted by what enters the layer and what its outputs matter.
+
+With the second moments `Ω` of the input patches and `G` of the output gradients, the loss grows like
+`‖G^½ (W - Ŵ) Ω^½‖²` (K-FAC: Martens and Grosse, 2015). For a sequence of factors both are replaced by their nearest
+Kronecker products along the same digits (Van Loan and Pitsianis, 1993), so that the weighted kernel has the structure
+of the plain one: it is decomposed as it stands, and each factor is un-weighted by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronsearch.sekron.shapes import FactorShapes
+
+__all__ = ["Metric", "Moments", "nearest_kronecker"]
+
+_SWEEPS = 2  # of the alternation for the nearest Kronecker product; it starts near, at the partial traces
+_RIDGE = 1e-3  # of the mean eigenvalue, added to each: directions that calibration never saw keep a small weight
+
+Roots = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer, gathered on calibration data.
+
+    Args:
+        inputs: (C·prod(extent), C·prod(extent)), of the input patches, in channels slowest; centred where the layer's
+            mean output can be corrected behind it, by a bias or by a batch norm.
+        outputs: (F, F), of the loss's gradient by the layer's outputs; None where there were no gradients.
+        mean: (C·prod(extent),), the mean input patch, where the layer's own bias takes up the change of its mean.
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None = None
+    mean: Tensor | None = None
+
+
+def nearest_kronecker(moment: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return positive semidefinite matrices, one for each factor, whose Kronecker product is near to a moment.
+
+    Args:
+        moment: square, over the modes that the shapes divide, positive semidefinite.
+        shapes: for every factor its part of each of those modes.
+
+    Returns:
+        For each factor a symmetric matrix of extent `prod(shape)`.
+    """
+    sizes = [prod(shape) for shape in shapes]
+    length, modes = len(shapes), len(shapes[0])
+    digits = moment.reshape([shape[mode] for mode in range(modes) for shape in shapes] * 2)
+    order = [
+        half * length * modes + mode * length + k for k in range(length) for half in (0, 1) for mode in range(modes)
+    ]
+    tensor = digits.permute(order).reshape([n * n for n in sizes])
+    parts = [torch.eye(n, dtype=moment.dtype, device=moment.device).flatten() for n in sizes]
+    wide = [k for k, n in enumerate(sizes) if n > 1] or [0]
+    for _ in range(_SWEEPS if len(wide) > 1 else 1):
+        for k in wide:
+            part, norm = tensor, 1.0
+            for j in range(length - 1, -1, -1):
+                if j != k:
+                    part = torch.tensordot(part, parts[j], dims=([j if j < k else part.ndim - 1], [0]))
+                    norm *= float(parts[j].square().sum()) or 1.0
+            parts[k] = part / norm
+    matrices = [part.reshape(n, n) for part, n in zip(parts, sizes, strict=True)]
+    return [(matrix + matrix.T) / 2 for matrix in matrices]
+
+
+def _roots(matrix: Tensor) -> Roots:
+    """Return the symmetric square root of a positive semidefinite matrix, regularised, and its inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(0)
+    mean = float(values.mean())
+    values = values + _RIDGE * mean if mean > 0 else torch.ones_like(values)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+class Metric:
+    """The weighting of a layer's kernel by its moments, for any sequence of factors.
+
+    For a sequence it is `T ×_k M_k` on the unfolded kernel, with `M_k = G_k^½ ⊗ Ω_k^½`. Sequences that divide the in
+    channels and the extent alike share their `Ω_k`, and are met often: the roots are kept.
+
+    Args:
+        moments: of the layer.
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self._kept: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[Roots]] = {}
+
+    def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[Roots]:
+        key = (outputs, shapes)
+        if key not in self._kept:
+            self._kept[key] = [_roots(part) for part in nearest_kronecker(moment.double(), shapes)]
+        return self._kept[key]
+
+    def _mode(self, rows: Tensor, factor_shapes: FactorShapes, k: int, which: int) -> Tensor:
+        """Multiply the columns of a matrix (rows, n_k) by the root (which = 0) of M_k, or by its inverse (1)."""
+        block = rows.reshape(len(rows), factor_shapes[k][0], -1)
+        inputs = self._parts(self.moments.inputs, False, tuple(shape[1:] for shape in factor_shapes))
+        block = block @ inputs[k][which].to(rows)
+        if self.moments.outputs is not None:
+            outputs = self._parts(self.moments.outputs, True, tuple(shape[:1] for shape in factor_shapes))
+            block = outputs[k][which].to(rows) @ block
+        return block.reshape(rows.shape)
+
+    def weight(self, tensor: Tensor, factor_shapes: FactorShapes) -> Tensor:
+        """Weight every mode of an unfolded kernel (n_1, …, n_S)."""
+        for k in range(tensor.ndim):
+            moved = tensor.movedim(k, -1)
+            rows = self._mode(moved.reshape(-1, moved.shape[-1]), factor_shapes, k, 0)
+            tensor = rows.reshape(moved.shape).movedim(-1, k)
+        return tensor
+
+    def unweight(self, matrices: Sequence[Tensor], factor_shapes: FactorShapes) -> list[Tensor]:
+        """Take the weight off factor matrices (terms, n_k)."""
+        return [self._mode(matrix, factor_shapes, k, 1) for k, matrix in enumerate(matrices)]
+
+    def energy(self, kernel: Tensor) -> float:
+        """Return `tr(G W Ω Wᵀ)` of a kernel or of a difference of kernels, with the moments as they are."""
+        rows = kernel.double().flatten(1)
+        weighted = rows @ self.moments.inputs.to(rows)
+        if self.moments.outputs is not None:
+            weighted = self.moments.outputs.to(rows) @ weighted
+        return float((weighted * rows).sum())

@@ -1,0 +1,96 @@
+"""The kernel as a tensor with one mode for each factor, the factors as matrices of terms, and the way back.
+
+A sequence of S factor shapes divides every mode of the kernel into S digits. Grouped by factor, the kernel becomes a
+tensor `T` of S modes, mode k of extent `n_k = prod(factor_shapes[k])`, and the SeKron model becomes
+`T[i_1…i_S] = Σ_{r1} A¹[r1, i_1] Σ_{r2} A²[r1, r2, i_2] …`: Kronecker products are outer products there.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kronsearch.errors import SpecError
+from kronsearch.sekron.shapes import FactorShapes
+from kronsearch.sekron.spec import SeKronSpec
+
+__all__ = ["balance", "fold_kernel", "leaves", "reconstruct", "unfold_kernel"]
+
+
+def unfold_kernel(kernel: Tensor, factor_shapes: FactorShapes) -> Tensor:
+    """Rearrange a kernel into the tensor with one mode of extent `prod(factor_shapes[k])` for each factor."""
+    length, modes = len(factor_shapes), kernel.ndim
+    digits = kernel.reshape([shape[mode] for mode in range(modes) for shape in factor_shapes])
+    grouped = digits.permute([mode * length + k for k in range(length) for mode in range(modes)])
+    return grouped.reshape([prod(shape) for shape in factor_shapes])
+
+
+def fold_kernel(tensor: Tensor, factor_shapes: FactorShapes) -> Tensor:
+    """Undo `unfold_kernel`."""
+    length, modes = len(factor_shapes), len(factor_shapes[0])
+    digits = tensor.reshape([n for shape in factor_shapes for n in shape])
+    grouped = digits.permute([k * modes + mode for mode in range(modes) for k in range(length)])
+    return grouped.reshape([prod(shape[mode] for shape in factor_shapes) for mode in range(modes)])
+
+
+def leaves(factors: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """Repeat the rows of each factor matrix (terms of its own, n_k) for all terms, the product of the ranks."""
+    terms = prod(ranks)
+    return [factor.repeat_interleave(terms // len(factor), dim=0) for factor in factors]
+
+
+def as_matrices(factors: Sequence[Tensor], spec: SeKronSpec) -> list[Tensor]:
+    """View each factor as a matrix (terms of its own, entries)."""
+    if tuple(tuple(factor.shape) for factor in factors) != spec.tensor_shapes:
+        raise SpecError(
+            f"factors of {spec} have the shapes {spec.tensor_shapes}, got {tuple(tuple(f.shape) for f in factors)}"
+        )
+    return [factor.reshape(prod(spec.rank_shape(k)), prod(spec.factor_shapes[k])) for k, factor in enumerate(factors)]
+
+
+def as_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ...]:
+    """Undo `as_matrices`."""
+    return tuple(m.reshape(shape) for m, shape in zip(matrices, spec.tensor_shapes, strict=True))
+
+
+def contract(matrices: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """Sum the outer products of all terms: the tensor (n_1, …, n_S) of factor matrices (terms of its own, n_k)."""
+    columns = leaves(matrices, ranks)
+    first, *others = columns
+    khatri_rao = first.new_ones(len(first), 1)
+    for column in others:
+        khatri_rao = (khatri_rao[:, :, None] * column[:, None, :]).flatten(1)
+    return (first.T @ khatri_rao).reshape([matrix.shape[1] for matrix in matrices])
+
+
+def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
+    """Return the kernel (out channels, in channels, *extent) of factors (Hameed et al., SeKron, 2022, equation 3).
+
+    Differentiable. Its cost is that of the dense kernel times the number of terms; layers don't use it to run.
+
+    Raises:
+        SpecError: the factors' shapes are not those of the spec.
+    """
+    return fold_kernel(contract(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+
+
+def balance(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """Scale the factors of every term to equal norms, their product unchanged.
+
+    Where a factor is shared by several terms, its norm is the one that balances it against the root mean square of
+    what it is multiplied with. Unbalanced factors make fine-tuning diverge.
+    """
+    balanced = [matrix.clone() for matrix in matrices]
+    tiny = torch.finfo(balanced[0].dtype).tiny
+    for k in range(len(balanced) - 1):
+        norms = [row.norm(dim=1) for row in leaves(balanced[k:], ranks)]
+        own = len(balanced[k])
+        below = torch.stack(norms[1:]).prod(dim=0).square().reshape(own, -1).mean(dim=1).sqrt()
+        norm, depth = balanced[k].norm(dim=1), len(balanced) - k
+        wanted = (norm * below) ** (1 / depth)
+        scale = torch.where(wanted > tiny, wanted / norm.clamp_min(tiny), torch.ones_like(norm))
+        balanced[k] *= scale[:, None]
+        following = len(balanced[k + 1])
+        balanced[k + 1] /= scale.repeat_interleave(following // own)[:, None]
+    return balanced
