@@ -1,0 +1,48 @@
+"""Re-estimating batch-norm statistics after the layers before them have changed."""
+
+import torch
+from torch import nn
+
+from kronsearch.training.data import Data, endless_train_batches
+from kronsearch.training.precision import eval_mode, forward, precision_for
+
+__all__ = ["reestimate_batchnorm"]
+
+
+def reestimate_batchnorm(
+    model: nn.Module,
+    data: Data,
+    *,
+    images: int = 2048,
+    batch_size: int = 128,
+    generator: torch.Generator,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Replace the running statistics of all batch norms, in place, by averages over about `images` training images.
+
+    The images are augmented as in training: that is what the weights behind were trained with, and on plain images even
+    an untouched network loses accuracy. Each batch counts the same; everything but the batch norms (dropout) is in eval
+    mode; modes and momenta are put back after. Batch norms that track no statistics are left alone; without others
+    nothing is run. The model must be on `device`.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    norms = [module for module in model.modules() if isinstance(module, kinds) and module.track_running_stats]
+    if not norms:
+        return
+    precision = precision_for(device)
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's way to say: the plain average of all batches
+                norm.train()
+            seen = 0
+            batches = endless_train_batches(data, batch_size, generator=generator, device=device)
+            while seen < images:
+                inputs, _ = next(batches)
+                forward(model, inputs, precision)
+                seen += len(inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -1,0 +1,79 @@
+"""What a network is worth on a split: metric, loss, and divergence from its teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kronsearch.training.data import Data, Split
+from kronsearch.training.precision import Precision, eval_mode, forward
+
+__all__ = ["Evaluation", "evaluate", "outputs"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over `n` examples: the task's metric, its loss, and the divergence if a teacher's outputs were given."""
+
+    metric: float
+    loss: float
+    divergence: float | None
+    n: int
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    *,
+    teacher_outputs: Tensor | None = None,
+    limit: int | None = None,
+    batch_size: int = 500,
+    device: str | torch.device = "cpu",
+    precision: Precision = "float32",
+) -> Evaluation:
+    """Evaluate the model (on `device`) on a split, or on a fixed random subset of `limit` examples of it.
+
+    `teacher_outputs` are what `outputs` returns for the teacher with the same split and limit. The model's modules are
+    put back in the modes they were in. Raises ValueError if `teacher_outputs` are of another number of examples, and
+    what the task and the forward pass raise.
+    """
+    taken = data.size(split) if limit is None else min(limit, data.size(split))
+    if teacher_outputs is not None and len(teacher_outputs) != taken:
+        raise ValueError(f"{len(teacher_outputs)} teacher outputs for {taken} examples: use the same split and limit")
+    task = data.task
+    metric = loss = divergence = 0.0
+    n = 0
+    # Not inference mode: what a model caches in it could never again take part in a backward pass.
+    with torch.no_grad(), eval_mode(model):
+        for inputs, targets in data.batches(split, batch_size, limit=limit, device=device):
+            result = forward(model, inputs, precision)
+            count = len(inputs)
+            metric += task.metric_sum(result, targets)
+            loss += count * task.loss(result, targets).item()
+            if teacher_outputs is not None:
+                divergence += count * task.divergence(result, teacher_outputs[n : n + count].to(device)).item()
+            n += count
+    return Evaluation(metric / n, loss / n, None if teacher_outputs is None else divergence / n, n)
+
+
+def outputs(
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    *,
+    limit: int | None = None,
+    batch_size: int = 500,
+    device: str | torch.device = "cpu",
+    precision: Precision = "float32",
+) -> Tensor:
+    """Return the outputs for a split (or the subset that `limit` takes) in its fixed order: on the CPU, float32.
+
+    The model must be on `device`; its modules are put back in the modes they were in.
+    """
+    with torch.no_grad(), eval_mode(model):
+        parts = [
+            forward(model, inputs, precision).cpu()
+            for inputs, _ in data.batches(split, batch_size, limit=limit, device=device)
+        ]
+    return torch.cat(parts)

@@ -1,0 +1,56 @@
+"""The forward pass as this package runs it: in the precision and memory layout that the hardware is fastest in."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kronsearch.errors import ModelError
+
+__all__ = ["Precision", "eval_mode", "forward", "precision_for"]
+
+Precision = Literal["bf16", "float32"]
+
+
+def precision_for(device: str | torch.device) -> Precision:
+    """Return "bf16" (autocast; weights stay float32) where the device computes in it natively, else "float32"."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if kind == "cpu":
+        # torch before 2.10 has no public way to ask.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+    return "float32"
+
+
+def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
+    """Run the model on a batch and return its outputs as float32 (float64 stays so).
+
+    Images (four dimensions) are handed over in the channels_last layout. Raises ModelError if the model returns
+    anything but one tensor.
+    """
+    if inputs.dim() == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"{type(model).__name__} returned a {type(outputs).__name__}, one tensor is needed: switch auxiliary "
+            "outputs off where the model is made, or wrap it"
+        )
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, and every one of its modules back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from kronsearch.training.evaluate import evaluate, outputs
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 500])
+def test_evaluation_is_the_mean_over_examples_whatever_the_batches(make_data, make_network, batch_size):
+    data, network, teacher = make_data(), make_network(0).double(), make_network(1).double()
+    data._normalise = lambda images: images.double() / 255  # float64, so that the batches' rounding can't matter
+    images, labels = data._splits["val"]
+    with torch.no_grad():
+        logits, teacher_logits = network(images.double() / 255), teacher(images.double() / 255)
+    probabilities, teacher_probabilities = logits.softmax(1).tolist(), teacher_logits.softmax(1).tolist()
+    n = len(labels)
+    result = evaluate(network, data, "val", teacher_outputs=teacher_logits, batch_size=batch_size)
+    assert result.n == n
+    hits = [row.index(max(row)) == label for row, label in zip(probabilities, labels.tolist(), strict=True)]
+    assert result.metric == pytest.approx(sum(hits) / n)
+    losses = [-math.log(row[label]) for row, label in zip(probabilities, labels.tolist(), strict=True)]
+    assert result.loss == pytest.approx(sum(losses) / n)
+    divergences = [
+        sum(t * math.log(t / s) for t, s in zip(*rows, strict=True))
+        for rows in zip(teacher_probabilities, probabilities, strict=True)
+    ]
+    assert result.divergence == pytest.approx(sum(divergences) / n)
+
+
+def test_a_network_does_not_diverge_from_its_own_outputs(make_data, make_network):
+    data, network = make_data(), make_network()
+    for limit in (None, 7):
+        result = evaluate(
+            network, data, "train", limit=limit, teacher_outputs=outputs(network, data, "train", limit=limit)
+        )
+        assert result.divergence == pytest.approx(0, abs=1e-6)
+        assert result.n == (limit or 30)
+    assert evaluate(network, data, "test").divergence is None
+
+
+def test_outputs_are_in_the_order_of_the_split_on_the_cpu(make_data, make_network):
+    data, network = make_data(), make_network()
+    with torch.no_grad():
+        expected = torch.cat([network(images) for images, _ in data.batches("test", 1)])
+    result = outputs(network, data, "test", batch_size=4)
+    assert result.dtype == torch.float32
+    # Convolutions of other batch sizes may add in another order.
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_off_and_the_modes_come_back(make_data, make_network):
+    data, network = make_data(), make_network(dropout=0.9)
+    network.train()
+    network.norm.eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert evaluate(network, data, "val") == evaluate(network, data, "val")
+    assert network.training
+    assert network.drop.training
+    assert not network.norm.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_teacher_outputs_of_another_subset_are_an_error(make_data, make_network):
+    data, network = make_data(), make_network()
+    with pytest.raises(ValueError, match="12 teacher outputs for 5 examples"):
+        evaluate(network, data, "val", limit=5, teacher_outputs=outputs(network, data, "val"))

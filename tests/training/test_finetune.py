@@ -1,0 +1,201 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kronsearch.training import finetune as finetune_module
+from kronsearch.training.evaluate import evaluate, outputs
+from kronsearch.training.finetune import TrainSettings, finetune, finetune_steps, learning_rate, total_steps
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    monkeypatch.setattr(finetune_module, "precision_for", lambda device: "float32")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1.0, 2.4])
+def test_total_steps_is_the_ceiling_of_epochs_times_batches(epochs):
+    settings = TrainSettings(epochs=epochs, batch_size=8)
+    assert total_steps(settings, 30) == math.ceil(epochs * (30 // 8))
+    assert total_steps(TrainSettings(epochs=epochs), 30) == math.ceil(epochs)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_the_rate_climbs_to_lr_then_falls_towards_zero(warmup):
+    settings = TrainSettings(epochs=1, lr=0.3, warmup=warmup)
+    total = 40
+    rates = [learning_rate(settings, step, total) for step in range(total)]
+    top = rates.index(max(rates))
+    assert top == warmup * total
+    assert rates[top] == settings.lr
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] < 0.01 * settings.lr
+    assert learning_rate(settings, 0, 1) > 0
+
+
+def test_training_learns_and_leaves_eval_mode(make_data, make_network):
+    data, network = make_data(), make_network(dropout=0.1)
+    before = evaluate(network, data, "test")
+    report = finetune(network, data, TrainSettings(epochs=40, batch_size=10, lr=0.03), generator=seeded())
+    assert report.step == report.total_steps == 40 * 3
+    assert report.images_per_second > 0
+    assert not any(module.training for module in network.modules())
+    assert evaluate(network, data, "test").metric == 1.0 > before.metric
+
+
+def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
+    """Distillation with weight decay, warm-up and clipping, against AdamW's formulas written out."""
+    data, network, teacher = make_data(), make_network(0), make_network(1)
+    settings = TrainSettings(
+        epochs=2, batch_size=30, lr=0.01, weight_decay=0.1, warmup=0.0, label_weight=0.25, clip_norm=0.05
+    )
+    rates = [0.01, 0.005]
+    expected = copy.deepcopy(network).train()
+    generator = seeded(5)
+    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.named_parameters()}
+    for step in (1, 2):
+        ((images, labels),) = list(data.train_batches(30, generator=generator))
+        torch.randint(2**62, (), generator=generator)  # the seed of dropout
+        logits, goal = expected(images), teacher(images).detach()
+        divergence = (goal.softmax(1) * (goal.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
+        loss = 0.75 * divergence + 0.25 * F.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        assert norm > settings.clip_norm
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(expected.named_parameters(), gradients, strict=True):
+                gradient = gradient * settings.clip_norm / norm
+                first, second = state[name]
+                first.mul_(0.9).add_(0.1 * gradient)
+                second.mul_(0.999).add_(0.001 * gradient**2)
+                if parameter.dim() >= 2:
+                    parameter.mul_(1 - rates[step - 1] * settings.weight_decay)
+                direction = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                parameter.sub_(rates[step - 1] * direction)
+    finetune(network, data, settings, teacher=teacher, generator=seeded(5))
+    for name, parameter in network.named_parameters():
+        # conv.bias has no influence behind a batch norm: its gradient is rounding noise, which Adam blows up.
+        if name != "conv.bias":
+            torch.testing.assert_close(parameter, expected.get_parameter(name), atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_distillation_brings_the_outputs_to_the_teachers(make_data, make_network):
+    data, student, teacher = make_data(), make_network(0), make_network(1, dropout=0.5).train()
+    weights = copy.deepcopy(teacher.state_dict())
+    goal = outputs(teacher, data, "val")
+    before = evaluate(student, data, "val", teacher_outputs=goal).divergence
+    settings = TrainSettings(epochs=30, batch_size=10, lr=0.02, label_weight=0.0)
+    finetune(student, data, settings, teacher=teacher, generator=seeded())
+    assert evaluate(student, data, "val", teacher_outputs=goal).divergence < 0.1 * before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in teacher.state_dict().items())
+    assert all(module.training for module in teacher.modules())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_with_a_label_weight_of_one_the_teacher_is_not_run(make_data, make_network):
+    data, teacher = make_data(), make_network(1)
+    teacher.forward = None
+    settings = TrainSettings(epochs=1, batch_size=10, label_weight=1.0)
+    finetune(make_network(), data, settings, teacher=teacher, generator=seeded())
+
+
+def test_the_generator_decides_everything_and_the_global_one_nothing(make_data, make_network):
+    def trained(seed, global_seed):
+        network = make_network(dropout=0.5)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(global_seed)
+            before = torch.get_rng_state()
+            finetune(network, make_data(), TrainSettings(epochs=2, batch_size=10), generator=seeded(seed))
+            assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
+    assert torch.equal(trained(0, 0), trained(0, 1))
+    assert not torch.equal(trained(0, 0), trained(1, 0))
+
+
+def test_reports_come_every_so_many_steps_and_at_the_end(make_data, make_network):
+    data, settings = make_data(), TrainSettings(epochs=2 + 1 / 3, batch_size=10)
+
+    def run(report_every):
+        network = make_network(dropout=0.5)
+        reports = list(finetune_steps(network, data, settings, generator=seeded(), report_every=report_every))
+        return reports, network.conv.weight
+
+    (each, weight), (some, same_weight), (last, _) = run(1), run(3), run(None)
+    assert [report.step for report in each] == [1, 2, 3, 4, 5, 6, 7]
+    assert [report.step for report in some] == [3, 6, 7]
+    assert [report.step for report in last] == [7]
+    assert {report.total_steps for report in each} == {7}
+    assert torch.equal(weight, same_weight)
+    losses = [report.loss for report in each]
+    assert some[1].loss == pytest.approx(sum(losses[3:6]) / 3)
+    assert last[0].loss == pytest.approx(sum(losses) / 7)
+    assert [report.learning_rate for report in each] == [learning_rate(settings, step, 7) for step in range(7)]
+
+
+def test_evaluating_between_reports_changes_nothing(make_data, make_network):
+    data, settings = make_data(), TrainSettings(epochs=2, batch_size=10)
+
+    def trained(watched):
+        network = make_network(dropout=0.5)
+        for _ in finetune_steps(network, data, settings, generator=seeded(), report_every=1):
+            if watched:
+                network.eval()
+                evaluate(network, data, "val")
+        return network.conv.weight
+
+    assert torch.equal(trained(True), trained(False))
+
+
+def test_stopping_early_leaves_a_usable_model(make_data, make_network):
+    data, network = make_data(), make_network()
+    start = network.conv.weight.detach().clone()
+    steps = finetune_steps(network, data, TrainSettings(epochs=5, batch_size=10), generator=seeded(), report_every=2)
+    assert next(steps).step == 2
+    steps.close()
+    assert not any(module.training for module in network.modules())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not torch.equal(network.conv.weight, start)
+    assert evaluate(network, data, "val").n == 12
+
+
+def test_frozen_parameters_stay(make_data, make_network):
+    network = make_network()
+    network.conv.requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    finetune(network, make_data(), TrainSettings(epochs=1, batch_size=10), generator=seeded())
+    assert torch.equal(network.conv.weight, before["conv.weight"])
+    assert not torch.equal(network.head.weight, before["head.weight"])
+
+
+def test_bf16_trains_too(monkeypatch, make_data, make_network):
+    monkeypatch.setattr(finetune_module, "precision_for", lambda device: "bf16")
+    data, student, teacher = make_data(), make_network(0), make_network(1)
+    goal = outputs(teacher, data, "val")
+    before = evaluate(student, data, "val", teacher_outputs=goal).divergence
+    settings = TrainSettings(epochs=30, batch_size=10, lr=0.02)
+    finetune(student, data, settings, teacher=teacher, generator=seeded())
+    assert student.conv.weight.dtype == torch.float32
+    assert evaluate(student, data, "val", teacher_outputs=goal).divergence < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "must be positive"),
+        ({"epochs": 1, "lr": -1.0}, "must be positive"),
+        ({"epochs": 1, "warmup": 1.0}, r"warmup must be in \[0, 1\)"),
+        ({"epochs": 1, "label_weight": 1.5}, r"label_weight in \[0, 1\]"),
+        ({"epochs": float("nan")}, "must be positive"),
+    ],
+)
+def test_senseless_settings_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**settings)
