@@ -19,7 +19,7 @@ __all__ = ["SeKronConv2d", "SeKronLinear", "conv_geometry"]
 
 
 def conv_geometry(conv: nn.Conv2d) -> Geometry:
-    """Return a convolution's geometry, string paddings resolved, padding modes other than zeros as padding beforehand."""
+    """Return a convolution's geometry; what zero padding inside of a stage can't do becomes padding beforehand."""
     extent = conv.kernel_size
     if conv.padding == "same":
         spans = [d * (k - 1) for d, k in zip(conv.dilation, extent, strict=True)]
@@ -36,8 +36,8 @@ def moved(data: Tensor, sizes: Sequence[int], order: Sequence[int], shape: Seque
     """View data as `sizes`, put the dimensions into `order`, view as `shape`; copies only where something moves."""
     wide = [dim for dim in order if sizes[dim] != 1]
     if wide != sorted(wide):
-        data = data.reshape(sizes).permute(order)
-    return data.reshape(shape)
+        data = data.reshape(tuple(sizes)).permute(tuple(order))
+    return data.reshape(tuple(shape))
 
 
 class SeKronLayer(nn.Module):
@@ -85,10 +85,9 @@ class SeKronLayer(nn.Module):
                 self.bias.copy_(layer.bias)
                 if metric is not None and metric.moments.mean is not None:
                     lost = (layer.weight.double() - self.kernel.double()).flatten(1)
-                    self.bias += (lost @ metric.moments.mean.to(lost)).to(self.bias.dtype)
+                    self.bias.add_((lost @ metric.moments.mean.to(lost)).to(self.bias.dtype))
         self.train(layer.training)
-        for parameter, origin in ((p, layer.weight) for p in self.factors):
-            parameter.requires_grad_(origin.requires_grad)
+        self.factors.requires_grad_(layer.weight.requires_grad)
         if self.bias is not None and layer.bias is not None:
             self.bias.requires_grad_(layer.bias.requires_grad)
         return self
@@ -139,7 +138,7 @@ class SeKronLayer(nn.Module):
 
     def _weight(self, stage: Stage) -> Tensor:
         """View a factor as the weight (groups · group_out, group_in, *extent) of its stage."""
-        factor = self.factors[stage.factor]
+        factor: Tensor = self.factors[stage.factor]
         out_channels, in_channels, *extent = self.spec.factor_shapes[stage.factor]
         if stage.factor < self.spec.sequence_length - 1:
             rank = self.spec.ranks[stage.factor]
@@ -221,7 +220,7 @@ class SeKronConv2d(SeKronLayer):
             padding="same" if uneven else (geometry.padding[0][0], geometry.padding[1][0]),
             dilation=(geometry.dilation[0], geometry.dilation[1]),
             bias=self.bias is not None,
-            padding_mode=self.padding_mode,
+            padding_mode=self.padding_mode,  # type: ignore[arg-type]  # any that a Conv2d has accepted
             dtype=self.factors[0].dtype,
             device=self.factors[0].device,
         )
@@ -230,7 +229,7 @@ class SeKronConv2d(SeKronLayer):
     def forward(self, data: Tensor) -> Tensor:
         """Convolve (examples, in channels, height, width); an input without examples is taken as one."""
         if data.ndim == 3:
-            return self(data[None])[0]
+            return self.forward(data[None])[0]
         if self.geometry.padded_first:
             widths = [n for pair in reversed(self.geometry.padding) for n in pair]
             data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -292,7 +291,8 @@ class SeKronLinear(SeKronLayer):
 
     def forward(self, data: Tensor) -> Tensor:
         """Map (..., in features) to (..., out features)."""
-        return self.run(data.reshape(-1, data.shape[-1])).reshape(*data.shape[:-1], -1)
+        rows = self.run(data.reshape(-1, data.shape[-1]))
+        return rows.reshape(*data.shape[:-1], rows.shape[-1])
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if stage.groups == 1:

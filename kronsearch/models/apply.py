@@ -1,0 +1,184 @@
+"""Applying a plan: the layers it names are replaced by factorised ones, in a copy of the network."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kronsearch.errors import CheckpointError, PlanError
+from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.models.statistics import gather_moments
+from kronsearch.plan import Plan, parse_plan
+from kronsearch.sekron.layers import SeKronConv2d, SeKronLayer, SeKronLinear, conv_geometry
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.batchnorm import reestimate_batchnorm
+from kronsearch.training.data import Data
+
+__all__ = [
+    "apply_plan",
+    "calibrate",
+    "factorise",
+    "is_compressed",
+    "load_compressed",
+    "replace_layers",
+    "save_compressed",
+    "settle",
+]
+
+_FORMAT = "kronsearch"
+_CALIBRATION, _SETTLING = 1, 2  # streams of random numbers, added to a seed's multiple
+
+
+def stream(seed: int, purpose: int) -> torch.Generator:
+    """Return the generator of one purpose: its numbers depend on nothing that was drawn for another."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + purpose) % 2**63)
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, data: Data | None = None, *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Return a copy of a network with the layers of a plan replaced; the network itself is left untouched.
+
+    Args:
+        model: a network that has the layers which the plan replaces, with these kernel shapes.
+        plan: what to replace by what.
+        data: with data the decomposition is data-aware where the plan says so, and the statistics of batch norms are
+            re-estimated; without, it rests on the weights alone.
+        device: to calibrate on; the returned network is there.
+
+    Raises:
+        PlanError: the plan was made for another network.
+    """
+    check_fits(model, plan)
+    dense = copy.deepcopy(model).to(device)
+    settings = plan.decomposition
+    metrics: dict[str, Metric] = {}
+    if data is not None and settings.calibration_images > 0:
+        metrics = calibrate(
+            dense, data, list(plan.replaced), images=settings.calibration_images, seed=settings.seed, device=device
+        )
+    layers = {
+        name: factorise(dense.get_submodule(name), spec, metrics.get(name)) for name, spec in plan.replaced.items()
+    }
+    small = replace_layers(dense, layers)
+    if data is not None and settings.batchnorm_images > 0:
+        settle(small, data, images=settings.batchnorm_images, seed=settings.seed, device=device)
+    return small
+
+
+def calibrate(
+    model: nn.Module, data: Data, names: list[str], *, images: int, seed: int, device: torch.device | str
+) -> dict[str, Metric]:
+    """Return the metric of each named layer; the same seed, network and data give the same."""
+    moments = gather_moments(model, data, names, images=images, generator=stream(seed, _CALIBRATION), device=device)
+    return {name: Metric(moment) for name, moment in moments.items()}
+
+
+def settle(model: nn.Module, data: Data, *, images: int, seed: int, device: torch.device | str) -> None:
+    """Re-estimate batch-norm statistics in place; the same seed, network and data give the same."""
+    reestimate_batchnorm(model, data, images=images, generator=stream(seed, _SETTLING), device=device)
+
+
+def factorise(layer: nn.Module, spec: SeKronSpec, metric: Metric | None = None) -> SeKronLayer:
+    """Return the factorised layer of a dense one.
+
+    Raises:
+        PlanError: the layer is neither a `Conv2d` nor a `Linear`.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return SeKronConv2d.from_conv(layer, spec, metric=metric)
+    if isinstance(layer, nn.Linear):
+        return SeKronLinear.from_linear(layer, spec, metric=metric)
+    raise PlanError(f"a {type(layer).__name__} can't be factorised, only Conv2d and Linear can")
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a copy of a network that has these layers, taken as they are, in the place of its own."""
+    own = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
+    small = copy.deepcopy(model, dict.fromkeys(own))  # what is replaced isn't copied
+    for name, layer in layers.items():
+        small.set_submodule(name, layer)
+    return small
+
+
+def check_fits(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanError` unless a network has the layers that a plan replaces."""
+    modules = dict(model.named_modules())
+    for name, spec in plan.replaced.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            found = "has no such layer" if layer is None else f"has a {type(layer).__name__} there"
+            raise PlanError(f"the plan ({_made_for(plan)}) replaces {name!r}, but the model {found}: pass that model")
+        shape = tuple(layer.weight.shape)
+        if shape != spec.kernel_shape or getattr(layer, "groups", 1) != 1:
+            raise PlanError(
+                f"the plan ({_made_for(plan)}) replaces {name!r} of kernel shape {spec.kernel_shape}, the model's is "
+                f"{shape}: pass a checkpoint of the network the plan was made for"
+            )
+
+
+def _made_for(plan: Plan) -> str:
+    return f"made for {plan.model.spec}" if plan.model.spec else "made for another network"
+
+
+def save_compressed(model: nn.Module, plan: Plan, path: str | Path, *, epochs: float = 0.0) -> None:
+    """Write a compressed network's weights, with their plan and how long they were fine-tuned, all of it or nothing."""
+    save_safetensors(model, Path(path), {"format": _FORMAT, "plan": plan.model_dump_json(), "epochs": str(epochs)})
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Tell whether a file holds a compressed network, as `save_compressed` writes it."""
+    path = Path(path)
+    return path.suffix == ".safetensors" and read_metadata(path).get("format") == _FORMAT
+
+
+def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None) -> nn.Module:
+    """Return a compressed network: the structure of the plan, the weights of the file.
+
+    Args:
+        model: the dense network; its weights don't matter, and it is left untouched.
+        path: a file that `save_compressed` wrote.
+        plan: the plan; None takes the one in the file.
+
+    Raises:
+        CheckpointError: the file is not of a compressed network, or of another one.
+        PlanError: the plan was made for another network.
+    """
+    path = Path(path)
+    if not is_compressed(path):
+        raise CheckpointError(f"{path} is not a compressed network: pass the compressed.safetensors of a run")
+    if plan is None:
+        plan = parse_plan(read_metadata(path).get("plan", ""), origin=f"the plan in {path}")
+    check_fits(model, plan)
+    small = replace_layers(
+        model, {name: empty_layer(model.get_submodule(name), s) for name, s in plan.replaced.items()}
+    )
+    state = load_state_dict(path)
+    wanted = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    for name in sorted(wanted.keys() | state.keys()):
+        got = tuple(state[name].shape) if name in state else None
+        if got != wanted.get(name):
+            raise CheckpointError(
+                f"{path} doesn't fit the plan: {name} has shape {got}, the plan gives {wanted.get(name)} (None: absent)"
+            )
+    small.load_state_dict(state)
+    return small.eval()
+
+
+def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:
+    """Return the factorised layer of a dense one with factors of zeros."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    weight, bias = layer.weight, layer.bias is not None
+    if isinstance(layer, nn.Conv2d):
+        return SeKronConv2d(
+            spec,
+            conv_geometry(layer),
+            bias=bias,
+            padding_mode=layer.padding_mode,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+    return SeKronLinear(spec, bias=bias, dtype=weight.dtype, device=weight.device)

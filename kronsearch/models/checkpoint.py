@@ -1,0 +1,202 @@
+"""Weights on disk: reading foreign checkpoints without trusting them, writing safetensors, and fingerprints."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kronsearch.errors import CheckpointError
+
+__all__ = ["fingerprint_weights", "load_state_dict", "load_weights", "read_metadata", "save_safetensors"]
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+_TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint onto the CPU, by name.
+
+    A `.safetensors` file is read as such, any other as a torch.save file, of which nothing but tensors and plain
+    containers is unpickled. {"state_dict": …} and the like are unwrapped, the prefix of DataParallel is taken off.
+    CheckpointError if the file is missing, truncated, of another kind, or holds anything but plain tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
+    if path.suffix == ".safetensors":
+        with _unreadable(path, "a safetensors file"):
+            return _without_prefix(load_file(path))
+    with _unreadable(path, "a torch.save file of tensors"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return _without_prefix(_unwrap(content, path))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into `model`; names and shapes must be the model's.
+
+    Only batch norm's `num_batches_tracked`, which old checkpoints lack, may be missing. CheckpointError otherwise, with
+    the first few tensors that are missing, unexpected or of another shape; the model is then unchanged.
+    """
+    state = load_state_dict(path)
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    counters = {n: v for n, v in own.items() if n not in state and n.rpartition(".")[2] == "num_batches_tracked"}
+    state = {**state, **counters}
+    problems = [
+        _list("missing", [name for name in own if name not in state]),
+        _list("unexpected", [name for name in state if name not in own]),
+        _list("of another shape or kind", [_difference(n, state[n], own[n]) for n in own if n in state]),
+    ]
+    if any(problems):
+        told = "; ".join(filter(None, problems))
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {told}")
+    model.load_state_dict(state, strict=False)  # what is not a tensor stays as it is
+
+
+def save_safetensors(
+    model_or_state: nn.Module | Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors of a model, or of a state dict, to a safetensors file, whole or not at all.
+
+    The same tensors and metadata give the same bytes. A tensor with several names is written under each of them.
+    CheckpointError if the file can't be written or a value can't be stored.
+    """
+    path = Path(path)
+    state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
+    for name, value in state.items():
+        _check_storable(name, value, path)
+    # wide types first, so that each tensor starts at a multiple of its entries' size
+    order = sorted(state, key=lambda name: (-state[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = state[name]
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset += tensor.nbytes
+    # not by safetensors.torch.save_file: it refuses shared tensors and writes the metadata in random order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    _write_whole(path, chain([len(text).to_bytes(8, "little"), text], (_bytes(state[name]) for name in order)))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, {} if it has none; CheckpointError if it is not such a file."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}: no such file")
+    with _unreadable(Path(path), "a safetensors file"), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Return the SHA-256, in hex, of the model's tensors: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _check_storable(name: str, value: object, path: Path) -> None:
+    if not _is_plain(value) or value.dtype not in _TYPE_NAMES or value.is_meta:
+        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise CheckpointError(
+            f"can't write {name} ({kind}) to {path}: a safetensors file holds dense tensors of real numbers"
+        )
+
+
+def _write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _unreadable(path: Path, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a hostile pickle can raise anything
+        raise CheckpointError(
+            f"{path} can't be read as {expected} ({type(error).__name__}): it is truncated, of another kind, or holds "
+            "other objects; save the model's state_dict() by torch.save or safetensors"
+        ) from error
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, dict):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds {type(content).__name__} in place of tensors by name")
+    strange = [str(k) for k, v in content.items() if not (isinstance(k, str) and _is_plain(v))]
+    if strange:
+        raise CheckpointError(
+            f"{path} holds more than tensors by name ({_few(strange)}); a state dict, or one under "
+            f"{', '.join(repr(key) for key in _WRAPPERS)}, is read"
+        )
+    return dict(content)
+
+
+def _is_plain(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _difference(name: str, got: Tensor, expected: Tensor) -> str:
+    if got.shape != expected.shape:
+        return f"{name} {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.is_complex() != expected.is_complex():
+        return f"{name} {got.dtype}, expected {expected.dtype}"
+    return ""
+
+
+def _list(what: str, names: list[str]) -> str:
+    names = [name for name in names if name]
+    return f"{len(names)} {what} ({_few(names)})" if names else ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,161 @@
+"""Which layers must be kept dense, and why: rules on a module, and a watched forward pass of the whole network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["KERNEL_OWNERS", "Watched", "dense_reasons", "watch_forward"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KERNEL_OWNERS = (*_CONVOLUTIONS, nn.Linear)  # the classes whose `weight` is a kernel
+
+
+@dataclass
+class Watched:
+    """What one forward pass showed, by the dotted name of a module.
+
+    order: names in the order of their first call
+    calls: for a convolution its spatial input size, once for each image of the call; for a linear layer (rows,)
+    readers: for the weight of a convolution or linear layer, the modules other than itself that used it
+    """
+
+    order: list[str] = field(default_factory=list)
+    calls: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    readers: dict[str, list[str]] = field(default_factory=dict)
+
+
+class _WeightReads(TorchFunctionMode):
+    """Notes each torch function, attribute reads included, that gets a layer's weight outside of that layer's call."""
+
+    def __init__(self, owners: Mapping[int, str], running: list[str], readers: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.owners, self.running, self.readers = owners, running, readers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                owner = self.owners.get(id(item))
+                if owner is not None and owner != self.running[-1]:
+                    names = self.readers.setdefault(owner, [])
+                    if self.running[-1] not in names:
+                        names.append(self.running[-1])
+        return func(*args, **kwargs)
+
+
+def watch_forward(model: nn.Module, example: Tensor) -> Watched:
+    """Run `model` on `example`, a batch of one, and report what was called with which sizes.
+
+    Modes and hooks are the caller's care: this adds hooks to every module and removes them, also when the pass fails.
+    """
+    seen = Watched()
+    running = [""]
+    owners: dict[int, str] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            running.append(name)
+            if name not in seen.calls:
+                seen.order.append(name)
+            value = args[0] if args else kwargs.get("input")
+            seen.calls.setdefault(name, []).extend(_sizes(module, value))
+
+        def leave(*_: Any) -> None:
+            running.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
+
+    try:
+        for name, module in model.named_modules():
+            watch(name, module)
+            weight = module._parameters.get("weight")
+            if isinstance(module, KERNEL_OWNERS) and weight is not None:
+                owners[id(weight)] = name
+        with torch.no_grad(), _WeightReads(owners, running, seen.readers):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _sizes(module: nn.Module, value: Any) -> list[tuple[int, ...]]:
+    if not isinstance(value, Tensor):
+        return []
+    if isinstance(module, _CONVOLUTIONS):
+        axes = len(module.kernel_size)
+        images = value.shape[0] if value.dim() == axes + 2 else 1
+        return [tuple(value.shape[-axes:])] * images
+    return [(prod(value.shape[:-1]),)] if isinstance(module, nn.Linear) else []
+
+
+def dense_reasons(model: nn.Module, watched: Watched) -> dict[str, str | None]:
+    """Return by name why each module can't be replaced, None for a plain Conv2d or Linear that can.
+
+    A module registered under several names stands under its first. `watched` is the report of `watch_forward`.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    users: dict[tuple[int, int], list[str]] = {}
+    for module, (name, *_) in names.items():
+        if (weight := module._parameters.get("weight")) is not None:
+            users.setdefault(_place(weight), []).append(name)
+    reasons: dict[str, str | None] = {}
+    for module, (name, *aliases) in names.items():
+        reason = _kind_reason(module)
+        if reason is None:
+            sharers = [user for user in users[_place(module.get_parameter("weight"))] if user != name]
+            reason = _use_reason(name, watched, aliases=aliases, sharers=sharers)
+        reasons[name] = reason
+    return reasons
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    return weight.untyped_storage().data_ptr(), int(weight.storage_offset())
+
+
+def _kind_reason(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return "transposed convolution"
+    if is_parametrized(module):
+        return "parametrized weight"
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        base = next((b.__name__ for b in (nn.Conv2d, nn.Linear) if isinstance(module, b)), None)
+        return f"{kind} is a {base} with code of its own" if base else f"{kind} is neither Conv2d nor Linear"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "weight is computed from others (weight norm, pruning)"
+    if not weight.is_floating_point():
+        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "grouped convolution"
+    if "forward" in module.__dict__:
+        return "forward is replaced on the instance"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks"
+    return None
+
+
+def _use_reason(name: str, watched: Watched, *, aliases: list[str], sharers: list[str]) -> str | None:
+    if sharers:
+        return f"weight is shared with {', '.join(sharers)}"
+    if aliases:
+        return f"module is also registered as {', '.join(aliases)}"
+    readers = watched.readers.get(name, [])
+    if name not in watched.calls:
+        return f"not called, its weight is used by {_or_model(readers)}" if readers else "not called"
+    return f"weight is also used by {_or_model(readers)}" if readers else None
+
+
+def _or_model(names: list[str]) -> str:
+    return ", ".join(name or "the model itself" for name in names)

@@ -1,0 +1,217 @@
+"""What a network costs, layer by layer: MACs as fvcore counts them (its "flop"), parameters, and the calls' sizes."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kronsearch.errors import ModelError
+from kronsearch.models.dense import KERNEL_OWNERS, Watched, dense_reasons, watch_forward
+from kronsearch.models.trace_ops import FREE_OPS, HANDLERS
+from kronsearch.sekron.execution import Geometry, dense_macs
+from kronsearch.sekron.layers import conv_geometry
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a loss that nobody here uses
+    from fvcore.nn import FlopCountAnalysis
+
+__all__ = ["LayerCost", "ModelCost", "profile_model"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one module costs by itself, its submodules not included.
+
+    name: dotted name, "" for the model itself
+    kind: class name
+    kernel_shape: shape of the weight of a convolution or linear layer, None if that is not a parameter of the module
+    macs: multiply-accumulates for one example, all calls together
+    params: entries of its own parameters
+    calls: one entry a call and image: the spatial input size (H, W) of a convolution, (rows,) of a linear layer
+    keeps_dense: why it can't be replaced, None if it can
+    geometry: stride, dilation and padding of a layer that can be replaced, None of others
+    """
+
+    name: str
+    kind: str
+    kernel_shape: tuple[int, ...] | None
+    macs: int
+    params: int
+    calls: tuple[tuple[int, ...], ...]
+    keeps_dense: str | None
+    geometry: Geometry | None = None
+
+    @property
+    def kernel_macs(self) -> int:
+        """The MACs of its kernel alone, all calls together; 0 of a layer that can't be replaced."""
+        if self.geometry is None or self.kernel_shape is None:
+            return 0
+        return sum(dense_macs(self.kernel_shape, self.geometry, call) for call in self.calls)
+
+    @property
+    def kernel_params(self) -> int:
+        """The entries of its kernel; 0 where it has none."""
+        return 0 if self.kernel_shape is None else prod(self.kernel_shape)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a network costs: the MACs of its layers add up to `macs`; `params` counts a shared parameter once.
+
+    `layers` holds every module that owns parameters or MACs, in the order of execution, those never called last.
+    `input_shape` is without the batch.
+    """
+
+    macs: int
+    params: int
+    layers: tuple[LayerCost, ...]
+    input_shape: tuple[int, ...]
+
+    def layer(self, name: str) -> LayerCost:
+        """Return the layer called `name`; ModelError with the closest names if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        close = get_close_matches(name, [layer.name for layer in self.layers])
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {len(self.layers)} others"
+        raise ModelError(f"the network has no layer {name!r} with parameters or MACs: {hint}")
+
+
+def profile_model(
+    model: nn.Module, *, input_shape: tuple[int, ...], device: torch.device | str | None = None
+) -> ModelCost:
+    """Measure `model` in eval mode on one example of zeros of `input_shape` (without the batch).
+
+    `device` is where the example is made, by default the device of the model's parameters. The model is left as it was
+    found. Raises ModelError if it can't run on such an input, or if it runs an operator whose cost nobody knows.
+    """
+    example = _example(model, input_shape, device)
+    with _left_as_found(model), torch.no_grad():
+        model.eval()
+        asked = f"an input of shape (1, {', '.join(map(str, input_shape))})"
+        with _as_model_error(f"{type(model).__name__} can't run on {asked}"):
+            watched = watch_forward(model, example)
+        with _as_model_error(f"the operators of {type(model).__name__} can't be counted"):
+            macs = _own_macs(model, example)
+    return ModelCost(
+        macs=sum(macs.values()),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=_layers(model, macs, watched),
+        input_shape=tuple(input_shape),
+    )
+
+
+def _layers(model: nn.Module, macs: dict[str, int], watched: Watched) -> tuple[LayerCost, ...]:
+    reasons = dense_reasons(model, watched)
+    modules = dict(model.named_modules())
+    costs = []
+    for name in dict.fromkeys((*watched.order, *modules)):
+        module = modules[name]
+        params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        weight = module._parameters.get("weight") if isinstance(module, KERNEL_OWNERS) else None
+        if params or macs[name]:
+            costs.append(
+                LayerCost(
+                    name=name,
+                    kind=type(module).__name__,
+                    kernel_shape=tuple(weight.shape) if weight is not None else None,
+                    macs=macs[name],
+                    params=params,
+                    calls=tuple(watched.calls.get(name, ())),
+                    keeps_dense=reasons[name],
+                    geometry=_geometry(module) if reasons[name] is None else None,
+                )
+            )
+    return tuple(costs)
+
+
+def _geometry(module: nn.Module) -> Geometry | None:
+    if isinstance(module, nn.Conv2d):
+        return conv_geometry(module)
+    return Geometry() if isinstance(module, nn.Linear) else None
+
+
+def _own_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Return each module's MACs without those of its submodules; ModelError for an operator of unknown cost."""
+    analysis = FlopCountAnalysis(model, (example,)).set_op_handle(**HANDLERS)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    totals = {name: Counter(macs=round(count)) for name, count in analysis.by_module().items()}
+    uncounted = {name: Counter(analysis.unsupported_ops(name)) for name in totals}
+    places: dict[str, list[str]] = {}
+    for name, ops in _without_children(uncounted).items():
+        for op in sorted(op for op, n in ops.items() if n and op not in FREE_OPS):
+            places.setdefault(op, []).append(name or type(model).__name__)
+    if places:
+        told = "; ".join(f"{op.removeprefix('aten::')} in {_first_few(names)}" for op, names in places.items())
+        raise ModelError(
+            f"the MACs of {type(model).__name__} can't be counted, because it runs {told}; "
+            "convolutions, linear layers, products of matrices, attention and elementwise operators can"
+        )
+    return {name: count["macs"] for name, count in _without_children(totals).items()}
+
+
+def _without_children(counts: Mapping[str, Counter[str]]) -> dict[str, Counter[str]]:
+    own = {name: Counter(count) for name, count in counts.items()}
+    for name, count in counts.items():
+        if name:
+            own[name.rpartition(".")[0]].subtract(count)
+    return own
+
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more modules" if len(names) > 3 else "")
+
+
+def _example(model: nn.Module, input_shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    if not input_shape or min(input_shape) < 1:
+        raise ModelError(f"an input of shape {tuple(input_shape)} is empty; give positive sizes without the batch")
+    tensors = list(chain(model.parameters(), model.buffers()))
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise ModelError(
+            f"{type(model).__name__} has lazy layers, whose sizes are not known yet; call the model once before"
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(f"{type(model).__name__} has tensors on the meta device, which hold no values; load it first")
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    place = device if device is not None else next((tensor.device for tensor in tensors), "cpu")
+    return torch.zeros(1, *input_shape, dtype=dtype, device=place)
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Restore each module's mode and hooks on leaving: fvcore leaves its hooks behind when a trace fails.
+
+    Inside, attention runs by its plain operators, because its fused kernel is one that fvcore can't see into.
+    """
+    modes = {module: module.training for module in model.modules()}
+    hooks = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        for module, mode in modes.items():
+            module.training = mode
+            for kept, now in zip(hooks[module], (module._forward_hooks, module._forward_pre_hooks), strict=True):
+                for key in set(now) - kept:
+                    del now[key]
+
+
+@contextmanager
+def _as_model_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{what}: {type(error).__name__}{': ' * bool(reason)}{reason}") from error

@@ -1,0 +1,123 @@
+"""What single operators of a traced network cost: handlers for fvcore, and the operators that cost nothing.
+
+fvcore lets an operator it doesn't know pass as free. Here an operator is counted by fvcore, counted by a handler below,
+listed as free below, or an error of the profiler. One MAC is one multiply-accumulate.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from kronsearch.errors import ModelError
+
+__all__ = ["FREE_OPS", "HANDLERS", "attention_macs", "einsum_macs", "product_macs"]
+
+# Free is what takes a constant number of operations an element, as fvcore sees activations and pooling: its own list of
+# ignored operators comes on top, and what fvcore counts (batch_norm, layer_norm, adaptive_avg_pool2d, …) stays counted.
+_ARITHMETIC = """abs add add_ addcdiv addcmul addcmul_ ceil clamp_max clamp_max_ clamp_min clamp_min_ cos cumsum div
+div_ exp exp_ expm1 floor_ fmod lerp log log1p log2 maximum mean minimum mul mul_ neg neg_ pow pow_ prod reciprocal
+round rsqrt rsub sign sin sqrt sqrt_ square std std_mean sub sub_ sum tan trunc true_divide var var_mean where"""
+_ACTIVATIONS = """alpha_dropout celu celu_ dropout_ elu elu_ erf feature_alpha_dropout feature_dropout feature_dropout_
+gelu gelu_ glu hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_
+log_sigmoid log_softmax logsumexp mish mish_ prelu relu6 relu6_ rrelu selu selu_ sigmoid sigmoid_ silu silu_ softmax
+softplus softshrink tanh tanh_ threshold threshold_"""
+_NORMALISATION = "_weight_norm linalg_vector_norm norm rms_norm"
+_POOLING = """adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d"""
+_COMPARISON = """all amax amin any argmax argmin argsort isfinite isinf isnan le logical_and logical_not logical_or lt
+min ne sort topk tril tril_ triu triu_"""
+_CREATION = """bernoulli bernoulli_ empty_like eye fill_ linspace meshgrid new_ones normal_ ones_like rand rand_like
+randn randn_like scalar_tensor tensor uniform_ zero_"""
+_SHAPE = """affine_grid_generator alias as_strided broadcast_tensors broadcast_to channel_shuffle clone col2im concat
+diagonal embedding expand_as fill flip hstack im2col index_add index_fill index_select item lift_fresh masked_fill_
+masked_scatter masked_select moveaxis movedim native_channel_shuffle numel one_hot pad pixel_shuffle pixel_unshuffle
+real reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
+replication_pad2d replication_pad3d reshape_as scatter scatter_ scatter_add squeeze_ swapaxes swapdims take_along_dim
+tensor_split tile transpose_ unflatten unfold upsample_nearest1d upsample_nearest3d view_as vstack"""
+
+FREE_OPS: frozenset[str] = frozenset(
+    f"aten::{name}"
+    for group in (_ARITHMETIC, _ACTIVATIONS, _NORMALISATION, _POOLING, _COMPARISON, _CREATION, _SHAPE)
+    for name in group.split()
+)
+
+
+def product_macs(left: Sequence[int], out: Sequence[int]) -> int:
+    """MACs of a (batched, broadcast) matrix product: its `out` shape times the summed last mode of the `left` shape."""
+    return prod(out) * left[-1]
+
+
+def attention_macs(query: Sequence[int], key: Sequence[int], out: Sequence[int]) -> int:
+    """MACs of softmax(QKᵀ)V for `query` (…, L, E), `key` (…, S, E) and `out` (…, L, V): both of its products."""
+    return prod(out[:-1]) * key[-2] * (query[-1] + out[-1])
+
+
+def einsum_macs(equation: str, shapes: Sequence[Sequence[int]]) -> int:
+    """MACs of an einsum of one operand (0) or two, whose `shapes` may broadcast in their ellipses.
+
+    An index that is summed and stands in one operand only is summed before the product, as torch does. Three operands
+    and more raise ModelError: their cost depends on the order of the products, which the equation does not tell.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) > 2:
+        raise ModelError(
+            f"an einsum of {len(terms)} operands ({equation}) can't be counted: the order of its products is open; "
+            "write it as products of two"
+        )
+    if len(terms) == 1:
+        return 0
+    sizes: dict[str, int] = {}
+    seen: list[set[str]] = []
+    for term, shape in zip(terms, shapes, strict=True):
+        broadcast = len(shape) - len(term.replace("...", ""))
+        # the modes of an ellipsis, aligned at their last, are named by digits
+        letters = term.replace("...", "".join(str(i) for i in reversed(range(broadcast))))
+        seen.append(set(letters))
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    kept = set(output) if arrow else set(sizes)
+    summed_alone = {letter for letter in (seen[0] ^ seen[1]) if letter.isalpha()} - kept
+    return prod(size for letter, size in sizes.items() if letter not in summed_alone)
+
+
+def _shape(value: Any) -> list[int]:
+    """Return the shape of a tensor value in a jit graph."""
+    sizes: list[int] = value.type().sizes()
+    return sizes
+
+
+def _product(left: int) -> Callable[[Any, Any], int]:
+    return lambda inputs, outputs: product_macs(_shape(inputs[left]), _shape(outputs[0]))
+
+
+def _convolution_by_mode(inputs: Any, outputs: Any) -> int:
+    return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:])
+
+
+def _attention(inputs: Any, outputs: Any) -> int:
+    return attention_macs(_shape(inputs[0]), _shape(inputs[1]), _shape(outputs[0]))
+
+
+def _einsum(inputs: Any, _outputs: Any) -> int:
+    return einsum_macs(inputs[0].toIValue(), [_shape(value) for value in inputs[1].node().inputs()])
+
+
+def _resample(reads: int) -> Callable[[Any, Any], int]:
+    return lambda _inputs, outputs: reads * prod(_shape(outputs[0]))
+
+
+# Operators that fvcore lacks, or miscounts: its matmul where batch modes broadcast, its einsum by an assumed path.
+HANDLERS: Mapping[str, Callable[[Any, Any], int]] = {
+    "aten::matmul": _product(0),
+    "aten::mm": _product(0),
+    "aten::bmm": _product(0),
+    "aten::mv": _product(0),
+    "aten::dot": _product(0),
+    "aten::addmv": _product(1),
+    "aten::baddbmm": _product(1),
+    "aten::einsum": _einsum,
+    "aten::_convolution_mode": _convolution_by_mode,  # padding="same" or "valid"; never transposed
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::upsample_bicubic2d": _resample(16),
+}

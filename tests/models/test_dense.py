@@ -1,0 +1,163 @@
+"""Each reason to keep a layer dense, on the smallest network that has it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from kronsearch.models.profile import profile_model
+
+
+class Wrapped(nn.Module):
+    """A conv and whatever a test does around it."""
+
+    def __init__(self, conv, use=lambda self, x: self.conv(x)):
+        super().__init__()
+        self.conv = conv
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+class SameConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+class ComplexIn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Linear(3, 4, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.conv(x.to(torch.complex64)).real
+
+
+def reason(model, name="conv", input_shape=(4, 8, 8)):
+    return profile_model(model, input_shape=input_shape).layer(name).keeps_dense
+
+
+def own_forward():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.forward = lambda x: F.conv2d(x, conv.weight, conv.bias)
+    return conv
+
+
+def hooked():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.register_forward_hook(lambda module, args, output: output * 2)
+    return conv
+
+
+def pruned():
+    return prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", amount=0.5)
+
+
+def test_plain_layers_can_be_replaced():
+    assert reason(Wrapped(nn.Conv2d(4, 4, 3, stride=2, padding="valid", dilation=2, bias=False))) is None
+    assert reason(Wrapped(nn.Linear(8, 4))) is None
+    assert reason(Wrapped(nn.Conv2d(4, 4, 3, padding=1), lambda self, x: self.conv(self.conv(x)))) is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "grouped convolution"),
+        (nn.ConvTranspose2d(4, 4, 3), "transposed convolution"),
+        (SameConv(4, 4, 3), "SameConv is a Conv2d with code of its own"),
+        (parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), None),
+        (pruned(), "weight is computed from others (weight norm, pruning)"),
+        (own_forward(), "forward is replaced on the instance"),
+        (hooked(), "has forward hooks"),
+        (nn.PReLU(4), "PReLU is neither Conv2d nor Linear"),
+    ],
+)
+def test_kinds_of_layers(layer, expected):
+    if expected is None:  # the parametrization's own modules hold the parameters, the layer runs the convolution
+        expected = "parametrized weight"
+    assert reason(Wrapped(layer)) == expected
+
+
+def test_other_ranks_of_convolution():
+    assert reason(Wrapped(nn.Conv1d(4, 4, 3)), input_shape=(4, 8)) == "Conv1d is neither Conv2d nor Linear"
+
+
+def test_complex_weight():
+    assert reason(ComplexIn(), input_shape=(3,)) == "weight is complex64, not floating point"
+
+
+def test_lazy_layer_after_its_first_call():
+    model = Wrapped(nn.LazyConv2d(4, 3))
+    model(torch.zeros(1, 4, 8, 8))
+    assert reason(model) is None
+
+
+def test_weight_shared_by_two_layers():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[2].weight = nn.Parameter(model[0].weight.detach())  # another Parameter on the same memory
+    assert reason(model, "0") == "weight is shared with 2"
+    assert reason(model, "2") == "weight is shared with 0"
+    assert reason(model, "1") is None
+
+
+def test_weight_shared_with_an_embedding():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 3)
+            self.head = nn.Linear(3, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x.long()))
+
+    assert reason(Tied(), "head", (5,)) == "weight is shared with embed"
+
+
+def test_module_registered_twice():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+    model.add_module("again", model[0])
+    layer = profile_model(model, input_shape=(4, 8, 8)).layer("0")
+    assert layer.calls == ((8, 8), (6, 6))
+    assert layer.keeps_dense == "module is also registered as again"
+
+
+def test_weight_used_without_the_layer():
+    conv = nn.Conv2d(4, 4, 3)
+    assert reason(nn.Sequential(nn.ReLU(), Wrapped(conv, lambda self, x: F.conv2d(x, self.conv.weight))), "1.conv") == (
+        "not called, its weight is used by 1"
+    )
+    assert reason(Wrapped(conv, lambda self, x: self.conv.forward(x))) == (
+        "not called, its weight is used by the model itself"
+    )
+    assert reason(Wrapped(conv, lambda self, x: self.conv(x) + self.conv.weight.sum())) == (
+        "weight is also used by the model itself"
+    )
+    assert reason(Wrapped(conv, lambda self, x: self.conv(x.to(self.conv.weight.dtype)))) == (
+        "weight is also used by the model itself"
+    )
+    assert reason(Wrapped(conv, lambda self, x: x.relu())) == "not called"
+
+
+def test_projections_of_multi_head_attention():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    cost = profile_model(Attends(), input_shape=(5, 8))
+    assert cost.layer("attention.out_proj").keeps_dense is not None
+    assert cost.layer("attention").keeps_dense == "MultiheadAttention is neither Conv2d nor Linear"
+    assert cost.macs == cost.layer("attention").macs
+
+
+def test_layers_of_timm_with_their_own_padding():
+    timm = pytest.importorskip("timm")
+    cost = profile_model(timm.create_model("tf_efficientnet_lite0"), input_shape=(3, 64, 64))
+    reasons = {layer.keeps_dense for layer in cost.layers if layer.kernel_shape}
+    assert reasons == {None, "grouped convolution", "Conv2dSame is a Conv2d with code of its own"}

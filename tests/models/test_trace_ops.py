@@ -1,0 +1,132 @@
+"""The cost of single operators, against counting loops written another way and against torch's own counter."""
+
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kronsearch.errors import ModelError
+from kronsearch.models.profile import profile_model
+from kronsearch.models.trace_ops import FREE_OPS, HANDLERS, attention_macs, einsum_macs, product_macs
+
+
+def torch_macs(function, *args):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function(*args)
+    return counter.get_total_flops() // 2
+
+
+def naive_einsum_macs(equation, shapes):
+    """Visit every index tuple of the product, after summing what only one operand has."""
+    inputs, _, output = equation.partition("->")
+    left, right = inputs.split(",")
+    sizes = {}
+    for term, shape in zip((left, right), shapes, strict=True):
+        sizes |= dict(zip(term, shape, strict=True))
+    multiplied = [c for c in sizes if (c in left and c in right) or c in output]
+    return sum(1 for _ in product(*(range(sizes[c]) for c in multiplied)))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((3, 4), (7, 4, 2)), ((2, 3, 4), (2, 4, 1))],
+)
+def test_matrix_product_with_broadcast_batch_agrees_with_torch(left, right):
+    a, b = torch.zeros(left), torch.zeros(right)
+    assert product_macs(left, (a @ b).shape) == torch_macs(torch.matmul, a, b)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+def test_attention_is_its_two_products(n, h, q, k, e, v):
+    expected = n * h * q * k * e + n * h * q * k * v
+    assert attention_macs((n, h, q, e), (n, h, k, e), (n, h, q, v)) == expected
+
+
+def test_attention_agrees_with_torch():
+    query, key, value = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 8)
+    assert attention_macs(query.shape, key.shape, query.shape) == torch_macs(
+        F.scaled_dot_product_attention, query, key, value
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("ij,jk->ik", [(3, 4), (4, 5)]),
+        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]),
+        ("bhd,bhid->bhi", [(2, 3, 4), (2, 3, 5, 4)]),
+        ("i,j->ij", [(3,), (4,)]),
+        ("ija,jk->ik", [(3, 4, 6), (4, 5)]),
+    ],
+)
+def test_einsum_of_two_operands(equation, shapes):
+    assert einsum_macs(equation, shapes) == naive_einsum_macs(equation, shapes)
+
+
+def test_einsum_without_output_with_ellipsis_and_of_one_operand():
+    assert einsum_macs("ij, jk", [(3, 4), (4, 5)]) == 3 * 4 * 5
+    assert einsum_macs("...ij,...jk->...ik", [(7, 1, 3, 4), (2, 4, 5)]) == 7 * 2 * 3 * 4 * 5
+    assert einsum_macs("ijk->kj", [(3, 4, 5)]) == 0
+
+
+def test_einsum_of_three_operands_is_refused():
+    with pytest.raises(ModelError, match=r"einsum of 3 operands \(ab,bc,cd->ad\)"):
+        einsum_macs("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)])
+
+
+def test_nothing_is_both_free_and_counted():
+    assert not FREE_OPS & set(HANDLERS)
+    assert all(name.startswith("aten::") and " " not in name for name in FREE_OPS)
+
+
+class Op(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+A = torch.zeros(6, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (lambda x: x.unsqueeze(2) @ A, 2 * 6 * 3 * 4 * 5),  # fvcore by itself: 2 · 3 · 4 · 5
+        (lambda x: torch.bmm(x[0], A[:2]), 2 * 3 * 4 * 5),
+        (lambda x: torch.baddbmm(torch.zeros(1), x[0], A[:2]), 2 * 3 * 4 * 5),
+        (lambda x: torch.mv(x[0, 0], torch.zeros(4)), 3 * 4),
+        (lambda x: torch.einsum("nbij,bjk->nbik", x, A[:2]), 2 * 3 * 4 * 5),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 3 * 3 * (4 + 4)),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), 16 * prod((2, 6, 8))),
+        (lambda x: F.conv2d(x, torch.zeros(5, 2, 3, 3), padding="same"), 5 * 2 * 9 * 3 * 4),
+        (lambda x: F.conv2d(x[0], torch.zeros(5, 2, 3, 3), padding=1), 5 * 2 * 9 * 3 * 4),
+        (lambda x: torch.softmax(F.gelu(x), -1).mean(), 0),
+    ],
+)
+def test_operators_are_counted_in_a_network(function, macs):
+    assert profile_model(Op(function), input_shape=(2, 3, 4)).macs == macs
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (lambda x: torch.kron(x, torch.zeros(2, 2)), "kron"),
+        (lambda x: torch.tensordot(x, x, 4), "tensordot"),
+        (lambda x: torch.fft.fft(x).real, "fft_fft"),
+        (lambda x: torch.linalg.svdvals(x), "linalg_svdvals"),
+    ],
+)
+def test_an_operator_of_unknown_cost_is_refused_by_name_and_place(function, operator):
+    model = nn.Sequential(nn.Identity(), Op(function))
+    with pytest.raises(ModelError, match=rf"^the MACs of Sequential can't be counted.* it runs .*{operator} in 1"):
+        profile_model(model, input_shape=(2, 3, 4))
