@@ -1,0 +1,153 @@
+"""Candidates: all that could replace a layer, with cost and error, and which of them no other makes pointless."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kronsearch.models.profile import LayerCost
+from kronsearch.search.space import SearchSpace
+from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, structure_of
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table, rank_grid
+
+__all__ = ["Candidates", "UnitCost", "layer_candidates", "pareto", "sequences"]
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """The cost of a sequence of factors at R_1 = 1 and other ranks 1; both costs grow in proportion to R_1."""
+
+    factor_shapes: FactorShapes
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of one layer, entry 0 being the dense layer itself.
+
+    Args:
+        name: dotted name of the layer.
+        kernel_shape: its kernel's.
+        sequences: the sequences of factor shapes; the last is the dense kernel's.
+        sequence: (count,) index of each candidate's sequence.
+        rank: (count,) R_1, other ranks are 1; 0 for the dense layer.
+        macs: (count,) multiply-accumulates of the layer for one example.
+        params: (count,) entries of the factors.
+        error: (count,) relative squared error.
+    """
+
+    name: str
+    kernel_shape: tuple[int, ...]
+    sequences: tuple[FactorShapes, ...]
+    sequence: NDArray[np.int64]
+    rank: NDArray[np.int64]
+    macs: NDArray[np.int64]
+    params: NDArray[np.int64]
+    error: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        """Count the candidates, the dense layer among them."""
+        return len(self.rank)
+
+    def spec(self, index: int) -> SeKronSpec | None:
+        """Return a candidate's spec, None for the dense layer."""
+        if self.rank[index] == 0:
+            return None
+        shapes = self.sequences[self.sequence[index]]
+        return SeKronSpec(shapes, (int(self.rank[index]), *(1,) * (len(shapes) - 2)))
+
+    def structures(self) -> NDArray[np.object_]:
+        """Return each candidate's kind of structure, (count,)."""
+        kinds = np.array([structure_of(shapes) for shapes in self.sequences], dtype=object)
+        return kinds[self.sequence]
+
+    def take(self, chosen: NDArray[Any]) -> "Candidates":
+        """Return the chosen candidates, given by index or mask."""
+        columns = (column[chosen] for column in (self.sequence, self.rank, self.macs, self.params, self.error))
+        return Candidates(self.name, self.kernel_shape, self.sequences, *columns)
+
+
+def sequences(
+    kernel_shape: tuple[int, ...], geometry: Geometry, calls: Sequence[Sequence[int]], space: SearchSpace
+) -> Iterator[UnitCost]:
+    """Yield the sequences of a space that save MACs or params at rank 1, with their costs. Ints only."""
+    dense = sum(dense_macs(kernel_shape, geometry, call) for call in calls)
+    deep = cp_sequence(kernel_shape)
+    for shapes in (*factor_pairs(kernel_shape), *((deep,) if deep else ())):
+        if structure_of(shapes) in space.structures:
+            spec = SeKronSpec(shapes, (1,) * (len(shapes) - 1))
+            unit = UnitCost(shapes, sum(count_macs(spec, geometry, call) for call in calls), spec.params)
+            if unit.macs < dense or unit.params < prod(kernel_shape):
+                yield unit
+
+
+def layer_candidates(
+    kernel: Tensor, cost: LayerCost, space: SearchSpace, *, metric: Metric | None = None
+) -> Candidates:
+    """Return all candidates of a layer that save MACs or params, with errors in the metric's norm.
+
+    Args:
+        kernel: of a replaceable layer, (out channels, in channels, *extent).
+        cost: the layer's profile; all its calls count.
+        space: which sequences to look at.
+        metric: of the layer, plain when None.
+    """
+    kernel, shape, dense = kernel.detach(), tuple(kernel.shape), cost.kernel_macs
+    assert cost.geometry is not None
+    found: list[tuple[UnitCost, ErrorTable]] = []
+    for unit in sequences(shape, cost.geometry, cost.calls, space):
+        highest = max((dense - 1) // unit.macs, (kernel.numel() - 1) // unit.params)
+        found.append((unit, _table(kernel, unit.factor_shapes, highest, space, metric)))
+    shapes = (*(unit.factor_shapes for unit, _ in found), (shape,))
+    sequence = [np.full(len(table.ranks), i) for i, (_, table) in enumerate(found)]
+    rank = [table.ranks for _, table in found]
+    macs = [table.ranks * unit.macs for unit, table in found]
+    params = [table.ranks * unit.params for unit, table in found]
+    error = [table.errors for _, table in found]
+    everything = Candidates(
+        cost.name,
+        shape,
+        shapes,
+        np.concatenate([[len(found)], *sequence]).astype(np.int64),
+        np.concatenate([[0], *rank]).astype(np.int64),
+        np.concatenate([[dense], *macs]).astype(np.int64),
+        np.concatenate([[kernel.numel()], *params]).astype(np.int64),
+        np.concatenate([[0.0], *error]),
+    )
+    saves = (everything.macs < dense) | (everything.params < kernel.numel())
+    saves[0] = True
+    return everything.take(saves)
+
+
+def _table(kernel: Tensor, shapes: FactorShapes, highest: int, space: SearchSpace, metric: Metric | None) -> ErrorTable:
+    if structure_of(shapes) is Structure.DEEP:
+        with torch.no_grad():
+            return cp_table(kernel, shapes, rank_grid(highest, points=space.deep_ranks), metric=metric)
+    table = pair_table(kernel, shapes, metric=metric)
+    return ErrorTable(shapes, table.ranks[:highest], table.errors[:highest])
+
+
+def pareto(costs: Sequence[NDArray[Any]], error: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return, ascending, the indices of the entries that no other entry beats or equals in every cost and in error.
+
+    Of equal entries the first stays.
+    """
+    keys = np.stack([*costs, error]).astype(np.float64)
+    order = np.lexsort(keys[::-1])
+    kept: list[int] = []
+    fence = np.empty((len(keys) - 1, len(order)))
+    for index in order:
+        rest = keys[1:, index]
+        if not (fence[:, : len(kept)] <= rest[:, None]).all(axis=0).any():
+            fence[:, len(kept)] = rest
+            kept.append(int(index))
+    return np.sort(np.array(kept, dtype=np.int64))

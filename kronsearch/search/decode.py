@@ -1,0 +1,95 @@
+"""What a trial chooses, and how the allocation makes a plan of it that keeps the budget by construction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp
+
+import numpy as np
+
+from kronsearch.budget import Limits
+from kronsearch.models.profile import LayerCost, ModelCost
+from kronsearch.search.allocate import Allocation, Choices, allocate
+from kronsearch.search.candidates import Candidates
+from kronsearch.sekron.shapes import Structure
+
+__all__ = ["Problem", "Weighing", "group_of"]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How predicted errors are weighed; the default is the plain allocation.
+
+    A candidate of layer l with relative squared error e counts
+    `exp(importance[group of l] + price[structure]) · sensitivity_l^trust · e^curvature`.
+
+    Args:
+        trust: in the measured sensitivities: 1 takes them as they are, 0 takes all layers for alike; ½ was as good or
+            better than both on ResNet-32 at a half and a third of the MACs and a fifth of the params.
+        curvature: 1 means that the loss grows in proportion to the squared error.
+        importance: logarithmic, of each group of layers.
+        price: logarithmic, of each kind of structure.
+    """
+
+    trust: float = 0.5
+    curvature: float = 1.0
+    importance: Mapping[str, float] = field(default_factory=dict)
+    price: Mapping[Structure, float] = field(default_factory=dict)
+
+
+def group_of(layer: LayerCost) -> str:
+    """Return the name of the group that shares an importance: layers that see the same number of positions."""
+    return f"{layer.kind.lower()}-{'x'.join(map(str, layer.calls[0]))}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that is known before the first trial.
+
+    Args:
+        cost: the dense network's.
+        limits: the budgets in plain numbers.
+        candidates: of each replaceable layer.
+        sensitivity: of each replaceable layer: what a relative squared error of 1 would cost.
+    """
+
+    cost: ModelCost
+    limits: Limits
+    candidates: Sequence[Candidates]
+    sensitivity: Mapping[str, float]
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of layers that share an importance, in the order of execution."""
+        return list(dict.fromkeys(group_of(self.cost.layer(layer.name)) for layer in self.candidates))
+
+    @property
+    def structures(self) -> list[Structure]:
+        """The kinds of structure that some layer can have."""
+        present = {kind for layer in self.candidates for kind in layer.structures()} - {Structure.DENSE}
+        return [kind for kind in Structure if kind in present]
+
+    def allocate(self, weighing: Weighing) -> Allocation:
+        """Return the allocation of least weighed error.
+
+        Raises:
+            BudgetError: the budget can't be reached.
+        """
+        return allocate(
+            [self._choices(layer, weighing) for layer in self.candidates],
+            self.limits,
+            fixed_macs=self.cost.macs - sum(int(layer.macs[0]) for layer in self.candidates),
+            fixed_params=self.cost.params - sum(int(layer.params[0]) for layer in self.candidates),
+        )
+
+    def predicted_error(self, chosen: Sequence[int]) -> float:
+        """Return the mean relative squared error of the chosen candidates, weighed by sensitivity."""
+        weights = [self.sensitivity[layer.name] for layer in self.candidates]
+        errors = [float(layer.error[index]) for layer, index in zip(self.candidates, chosen, strict=True)]
+        return float(np.dot(weights, errors)) / (sum(weights) or 1.0)
+
+    def _choices(self, layer: Candidates, weighing: Weighing) -> Choices:
+        importance = weighing.importance.get(group_of(self.cost.layer(layer.name)), 0.0)
+        weight = exp(importance) * self.sensitivity[layer.name] ** weighing.trust
+        prices = {kind: exp(weighing.price.get(kind, 0.0)) for kind in Structure}
+        price = np.array([prices[kind] for kind in layer.structures()])
+        return Choices(layer.macs, layer.params, weight * price * layer.error**weighing.curvature)

@@ -1,0 +1,404 @@
+"""The whole search: from a network, data and a budget to a plan and a compressed network."""
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from optuna.trial import FrozenTrial, Trial
+from torch import nn
+
+from kronsearch.budget import Budget
+from kronsearch.errors import ModelError, StudyError
+from kronsearch.files import replacing
+from kronsearch.models.apply import apply_plan, calibrate, is_compressed, load_compressed, save_compressed
+from kronsearch.models.checkpoint import fingerprint_weights, read_metadata
+from kronsearch.models.profile import profile_model
+from kronsearch.plan import (
+    Cost,
+    Decomposition,
+    LayerPlan,
+    ModelIdentity,
+    Plan,
+    PlanBudget,
+    Provenance,
+    Score,
+    fingerprint,
+    parse_plan,
+    save_plan,
+)
+from kronsearch.search.allocate import Allocation
+from kronsearch.search.candidates import layer_candidates
+from kronsearch.search.decode import Problem
+from kronsearch.search.progress import Phase, Progress, Watcher, ignore
+from kronsearch.search.reach import check_reachable, replaceable
+from kronsearch.search.score import Scorer
+from kronsearch.search.space import SearchSpace, load_space
+from kronsearch.search.study import PLAN, Study, given_trials, suggest
+from kronsearch.sekron.metrics import Metric
+from kronsearch.training.data import Data
+from kronsearch.training.evaluate import Evaluation, evaluate
+from kronsearch.training.finetune import StepReport
+from kronsearch.training.precision import precision_for
+
+__all__ = ["SearchResult", "search"]
+
+_CALIBRATION_IMAGES = 512
+_BATCHNORM_IMAGES = 2048
+_PACKAGES = ("kronsearch", "torch", "optuna", "fvcore", "scipy", "numpy")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search hands back.
+
+    Args:
+        plan: the winner's.
+        model: the compressed network, after the final fine-tune.
+        dense: the dense network on the test split, None without data.
+        compressed: the compressed network likewise.
+        trials: a row for each finished trial.
+        out: where the files are, None if none were asked for.
+    """
+
+    plan: Plan
+    model: nn.Module
+    dense: Evaluation | None
+    compressed: Evaluation | None
+    trials: pd.DataFrame
+    out: Path | None
+
+    @property
+    def gap(self) -> float:
+        """The winning allocation's proven relative gap."""
+        return self.plan.provenance.gap or 0.0
+
+
+def search(
+    model: nn.Module,
+    data: Data | None = None,
+    *,
+    budget: Budget,
+    trials: int = 20,
+    timeout: float | None = None,
+    space: SearchSpace | str | Path = "default",
+    storage: str | None = None,
+    study: str | None = None,
+    out: str | Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    final_epochs: float = 2.0,
+    model_spec: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    watch: Watcher = ignore,
+) -> SearchResult:
+    """Search for the best compression of a network under a budget; called again with the same settings, it resumes.
+
+    With data a trial is scored by the task's metric on the validation split after a proxy fine-tune; without, by the
+    predicted error, which the plain allocation has proven to be lowest, so that one trial is all there is to do.
+
+    Args:
+        model: the trained network; left untouched.
+        data: what it was trained on.
+        budget: upper bounds on MACs and parameters.
+        trials: how many finished trials there shall be in the end, pruned ones included.
+        timeout: seconds after which no further trial is begun.
+        space: a search space, its name, or a YAML file.
+        storage: Optuna storage URL; by default `study.db` in `out`, or memory where there is no `out`.
+        study: its name in the storage, `kronsearch` by default.
+        out: folder for `plan.json`, `compressed.safetensors`, `trials.csv` (and `study.db`).
+        input_shape: of one example; by default the data's.
+        device: to run on.
+        seed: of everything random.
+        final_epochs: of the winner's fine-tune with the dense network as teacher; 0 for none.
+        model_spec: how the model is called in the plan.
+        model_args: what it was constructed with, for the plan.
+        watch: is told of every step.
+
+    Raises:
+        KronsearchError: of a kind that says what can't be done and what is possible instead.
+    """
+    if trials < 1:
+        raise StudyError(f"{trials} trials are asked for: ask for one at least")
+    if final_epochs < 0:
+        raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
+    run = _Run(model, data, budget, space, input_shape, device, seed, model_spec, dict(model_args or {}), watch)
+    folder = None if out is None else Path(out)
+    if storage is None:
+        storage = "sqlite://" if folder is None else f"sqlite:///{folder / 'study.db'}"
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
+    run.prepare(None if len(ledger.finished()) < run.wanted(trials) else ledger.best())
+    started = time.monotonic()
+    while (done := len(ledger.finished())) < run.wanted(trials):
+        if done and timeout is not None and time.monotonic() - started > timeout:
+            break
+        run.trial(ledger, done, run.wanted(trials))
+        if folder is not None:
+            _save_table(ledger.table(), folder)
+    best = ledger.best()
+    if best is None:
+        raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
+    plan = run.final_plan(best, ledger.name)
+    small = run.finish(plan, final_epochs, folder)
+    if folder is not None:
+        save_plan(plan, folder / "plan.json")
+        _save_table(ledger.table(), folder)
+    dense, compressed = run.test(small)
+    return SearchResult(plan, small, dense, compressed, ledger.table(), folder)
+
+
+class _Run:
+    """The state of one search."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        budget: Budget,
+        space: SearchSpace | str | Path,
+        input_shape: tuple[int, ...] | None,
+        device: torch.device | str,
+        seed: int,
+        model_spec: str | None,
+        model_args: dict[str, Any],
+        watch: Watcher,
+    ) -> None:
+        self.data, self.budget, self.device, self.seed, self.watch = data, budget, device, seed, watch
+        self.model_spec, self.model_args = model_spec, model_args
+        self.space = space if isinstance(space, SearchSpace) else load_space(space)
+        shape = input_shape or (data.input_shape if data is not None else None)
+        if shape is None:
+            raise ModelError("without data the input shape is not known: pass --input-shape, such as 3,224,224")
+        if data is not None and tuple(shape) != tuple(data.input_shape):
+            raise ModelError(
+                f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
+            )
+        self.dense = model.to(device)
+        self._tell("profile", 0, 1)
+        self.cost = profile_model(self.dense, input_shape=tuple(shape))
+        self.limits = budget.limits(dense_macs=self.cost.macs, dense_params=self.cost.params)
+        self.names = replaceable(self.cost, self.space)
+        check_reachable(self.cost, self.space, self.limits)
+        self.settings = Decomposition(
+            calibration_images=_CALIBRATION_IMAGES if data is not None else 0,
+            batchnorm_images=_BATCHNORM_IMAGES if data is not None else 0,
+            seed=seed,
+        )
+        self._tell("profile", 1, 1)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.data is not None and self.data.task.higher_is_better
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a study is resumed."""
+        return {
+            "model": self.model_spec or type(self.dense).__name__,
+            "weights": fingerprint_weights(self.dense)[:16],
+            "data": None if self.data is None else self.data.fingerprint[:16],
+            "input shape": list(self.cost.input_shape),
+            "budget": str(self.budget),
+            "space": self.space.model_dump_json(),
+            "seed": self.seed,
+        }
+
+    def wanted(self, trials: int) -> int:
+        return trials if self.data is not None else 1
+
+    def prepare(self, finished: FrozenTrial | None) -> None:
+        """Measure, decompose, and set the problem; where all trials are done only what the winner needs."""
+        metrics: dict[str, Metric] = {}
+        self.scorer: Scorer | None = None
+        if self.data is not None:
+            self._tell("calibrate", 0, 1)
+            metrics = calibrate(
+                self.dense,
+                self.data,
+                self.names,
+                images=self.settings.calibration_images,
+                seed=self.settings.seed,
+                device=self.device,
+            )
+            self._tell("calibrate", 1, 1)
+            self.scorer = Scorer(self.dense, self.data, metrics, self.settings, self.device)
+        if finished is not None:
+            return
+        candidates, sensitivity = [], {}
+        for done, name in enumerate(self.names):
+            self._tell("tables", done, len(self.names), name)
+            kernel = self.dense.get_parameter(f"{name}.weight").detach()
+            metric = metrics.get(name)
+            candidates.append(layer_candidates(kernel, self.cost.layer(name), self.space, metric=metric))
+            sensitivity[name] = 1.0 if metric is None else metric.energy(kernel)
+        self._tell("tables", len(self.names), len(self.names))
+        self.problem = Problem(self.cost, self.limits, candidates, sensitivity)
+
+    def trial(self, ledger: Study, done: int, wanted: int) -> None:
+        """Run one trial to its end."""
+        trial = ledger.ask(given_trials(self.problem))
+        allocation = self.problem.allocate(suggest(trial, self.problem))
+        plan = self.plan_of(allocation)
+        text = plan.model_dump_json()
+        trial.set_user_attr(PLAN, text)
+        trial.set_user_attr("macs", allocation.macs)
+        trial.set_user_attr("params", allocation.params)
+        trial.set_user_attr("predicted_error", plan.predicted_error)
+        trial.set_user_attr("gap", allocation.gap)
+        value = self._score(trial, plan, self._scored_before(ledger, text))
+        ledger.tell(trial, value)
+        best = ledger.best()
+        self._tell(
+            "trials",
+            done + 1,
+            wanted,
+            f"trial {trial.number} " + ("pruned" if value is None else f"scored {value:.4f}"),
+            best=None if best is None else best.value,
+            macs=allocation.macs,
+            params=allocation.params,
+        )
+
+    def _score(self, trial: Trial, plan: Plan, before: FrozenTrial | None) -> float | None:
+        if self.scorer is None:
+            return plan.predicted_error
+        if before is not None:
+            trial.set_user_attr("same_as", before.number)
+            for key in ("settled", "divergence", "examples"):
+                trial.set_user_attr(key, before.user_attrs.get(key))
+            return before.value
+        small = self.scorer.build(plan.replaced)
+        trial.set_user_attr("settled", self.scorer.validate(small).metric)
+        last: Evaluation | None = None
+        for step, evaluation in enumerate(self.scorer.proxy(small, self.seed)):
+            last = evaluation
+            trial.report(evaluation.metric, step)
+            if trial.should_prune():
+                return None
+        if last is None:
+            return None
+        trial.set_user_attr("divergence", last.divergence)
+        trial.set_user_attr("examples", last.n)
+        return last.metric
+
+    def _scored_before(self, ledger: Study, plan: str) -> FrozenTrial | None:
+        same = (trial for trial in ledger.finished() if trial.value is not None and trial.user_attrs.get(PLAN) == plan)
+        return next(same, None)
+
+    def plan_of(self, allocation: Allocation) -> Plan:
+        """Return the plan of an allocation, its score yet unknown."""
+        chosen = dict(zip(self.names, allocation.chosen, strict=True))
+        candidates = {layer.name: layer for layer in self.problem.candidates}
+        layers: dict[str, LayerPlan] = {}
+        for layer in self.cost.layers:
+            if layer.kernel_shape is None:
+                continue
+            if layer.name not in chosen:
+                reason = layer.keeps_dense or self.space.reason_to_keep(layer.name) or "it is not a layer with a kernel"
+                layers[layer.name] = LayerPlan(kernel_shape=layer.kernel_shape, dense=reason)
+                continue
+            own, index = candidates[layer.name], chosen[layer.name]
+            spec = own.spec(index)
+            if spec is None:
+                reason = "no candidate costs less" if len(own) == 1 else "the allocation spends the budget on it"
+                layers[layer.name] = LayerPlan(kernel_shape=layer.kernel_shape, dense=reason)
+            else:
+                layers[layer.name] = LayerPlan(
+                    kernel_shape=layer.kernel_shape, spec=spec, error=float(own.error[index])
+                )
+        return Plan(
+            model=ModelIdentity(spec=self.model_spec, args=self.model_args, fingerprint=fingerprint(layers)),
+            input_shape=self.cost.input_shape,
+            budget=PlanBudget(
+                flops=None if self.budget.flops is None else str(self.budget.flops),
+                params=None if self.budget.params is None else str(self.budget.params),
+                max_macs=self.limits.macs,
+                max_params=self.limits.params,
+            ),
+            dense=Cost(macs=self.cost.macs, params=self.cost.params),
+            compressed=Cost(macs=allocation.macs, params=allocation.params),
+            layers=layers,
+            decomposition=self.settings,
+            predicted_error=self.problem.predicted_error(allocation.chosen),
+            provenance=Provenance(
+                versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+                seed=self.seed,
+            ),
+        )
+
+    def final_plan(self, best: FrozenTrial, study: str) -> Plan:
+        """Return the stored plan of a trial with its score and where it comes from."""
+        plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
+        score = None
+        if self.data is not None and best.value is not None:
+            examples = int(best.user_attrs.get("examples") or 0)
+            score = Score(metric=self.data.task.metric_name, value=best.value, examples=examples)
+        gap = float(best.user_attrs.get("gap", 0.0))
+        provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number, "gap": gap})
+        return plan.model_copy(update={"score": score, "provenance": provenance})
+
+    def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
+        """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
+        path = None if folder is None else folder / "compressed.safetensors"
+        if path is not None and self._is_done(path, plan, epochs):
+            return load_compressed(self.dense, path, plan).to(self.device)
+        if self.scorer is None:
+            small = apply_plan(self.dense, plan, device=self.device)
+        else:
+            small = self.scorer.build(plan.replaced)
+        measured = profile_model(small, input_shape=plan.input_shape)
+        if (measured.macs, measured.params) != (plan.compressed.macs, plan.compressed.params):
+            raise ModelError(
+                f"the applied plan has {measured.macs} MACs and {measured.params} params by fvcore, but was counted as "
+                f"{plan.compressed.macs} and {plan.compressed.params}: this is a bug, please report the model"
+            )
+        if self.scorer is not None and epochs > 0:
+            self.scorer.final(small, epochs, self.seed, self._tell_final)
+        if path is not None:
+            save_compressed(small, plan, path, epochs=epochs)
+        return small
+
+    def _is_done(self, path: Path, plan: Plan, epochs: float) -> bool:
+        if not (path.is_file() and is_compressed(path)):
+            return False
+        metadata = read_metadata(path)
+        return metadata.get("plan") == plan.model_dump_json() and metadata.get("epochs") == str(epochs)
+
+    def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
+        """Evaluate the dense and the compressed network on the test split."""
+        if self.data is None:
+            return None, None
+        found = []
+        for done, network in enumerate((self.dense, small)):
+            self._tell("test", done, 2)
+            found.append(evaluate(network, self.data, "test", device=self.device, precision=precision_for(self.device)))
+        self._tell("test", 2, 2)
+        return found[0], found[1]
+
+    def _tell_final(self, report: StepReport) -> None:
+        self._tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")
+
+    def _tell(
+        self,
+        phase: Phase,
+        done: int,
+        total: int,
+        message: str = "",
+        *,
+        best: float | None = None,
+        macs: int | None = None,
+        params: int | None = None,
+    ) -> None:
+        self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best, macs=macs, params=params))
+
+
+def _save_table(table: pd.DataFrame, folder: Path) -> None:
+    with replacing(folder / "trials.csv") as path:
+        table.to_csv(path, index=False)

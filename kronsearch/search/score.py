@@ -1,0 +1,108 @@
+"""Scoring a plan on the validation split after a short proxy fine-tune, and the long fine-tune of the winner."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kronsearch.models.apply import factorise, replace_layers, settle, stream
+from kronsearch.plan import Decomposition
+from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.data import Data
+from kronsearch.training.evaluate import Evaluation, evaluate, outputs
+from kronsearch.training.finetune import StepReport, TrainSettings, finetune_steps, total_steps
+from kronsearch.training.precision import precision_for
+
+__all__ = ["Scorer"]
+
+_PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
+_REPORTS = 3  # scores of a proxy fine-tune, at which it may be pruned
+_VALIDATION = 2_500  # validation images at the most
+_KEPT = 2**30  # bytes of factors that are kept between trials
+_PROXY, _FINAL = 11, 12  # streams of random numbers
+
+
+class Scorer:
+    """A dense network, its data, and what is kept between trials.
+
+    Args:
+        dense: the network, on `device`; it is the teacher, and is never changed.
+        data: of which the training and the validation split are read.
+        metrics: of each replaceable layer.
+        settings: of the decomposition.
+        device: to run on.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        data: Data,
+        metrics: Mapping[str, Metric],
+        settings: Decomposition,
+        device: torch.device | str,
+    ) -> None:
+        self.dense, self.data, self.metrics, self.settings, self.device = dense, data, metrics, settings, device
+        self._precision = precision_for(device)
+        self._factorised: dict[tuple[str, SeKronSpec], SeKronLayer] = {}
+        self._teacher: Tensor = outputs(dense, data, "val", limit=_VALIDATION, device=device, precision=self._precision)
+
+    def build(self, specs: Mapping[str, SeKronSpec]) -> nn.Module:
+        """Return the network with these layers replaced and its batch norms re-estimated; as `apply_plan` with data."""
+        layers = {name: copy.deepcopy(self._layer(name, spec)) for name, spec in specs.items()}
+        small = replace_layers(self.dense, layers)
+        settle(small, self.data, images=self.settings.batchnorm_images, seed=self.settings.seed, device=self.device)
+        return small
+
+    def _layer(self, name: str, spec: SeKronSpec) -> SeKronLayer:
+        key = (name, spec)
+        if key not in self._factorised:
+            if sum(p.nbytes for layer in self._factorised.values() for p in layer.parameters()) > _KEPT:
+                self._factorised.clear()
+            self._factorised[key] = factorise(self.dense.get_submodule(name), spec, self.metrics.get(name))
+        return self._factorised[key]
+
+    def validate(self, model: nn.Module) -> Evaluation:
+        """Evaluate on (a fixed subset of) the validation split."""
+        return evaluate(
+            model,
+            self.data,
+            "val",
+            teacher_outputs=self._teacher,
+            limit=_VALIDATION,
+            device=self.device,
+            precision=self._precision,
+        )
+
+    def proxy(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
+        """Fine-tune a little, in place, and yield an evaluation now and then; the last is the score.
+
+        Every call with one seed sees the same images in the same order.
+        """
+        settings = TrainSettings(epochs=_PROXY_IMAGES / self.data.size("train"))
+        every = math.ceil(total_steps(settings, self.data.size("train")) / _REPORTS)
+        for report in self._finetune(model, settings, stream(seed, _PROXY), every):
+            if not math.isfinite(report.loss):
+                return
+            yield self.validate(model)
+
+    def final(self, model: nn.Module, epochs: float, seed: int, watch: Callable[[StepReport], None]) -> None:
+        """Fine-tune for so many epochs, in place."""
+        for report in self._finetune(model, TrainSettings(epochs=epochs), stream(seed, _FINAL), 10):
+            watch(report)
+
+    def _finetune(
+        self, model: nn.Module, settings: TrainSettings, generator: torch.Generator, every: int
+    ) -> Iterator[StepReport]:
+        return finetune_steps(
+            model,
+            self.data,
+            settings,
+            teacher=self.dense,
+            generator=generator,
+            device=self.device,
+            report_every=every,
+        )

@@ -1,0 +1,74 @@
+"""Search spaces: which structures may replace a kernel, read from YAML."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kronsearch.errors import SpaceError
+from kronsearch.sekron.shapes import Structure
+
+__all__ = ["SearchSpace", "load_space"]
+
+_LARGEST_FILE = 2**20
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FOLDERS = (_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces")  # as installed; in a checkout
+
+
+class SearchSpace(BaseModel):
+    """What may replace a kernel; the files in `search_spaces/` explain each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    structures: Annotated[tuple[Structure, ...], Field(min_length=1)] = (
+        Structure.BOTTLENECK,
+        Structure.SPATIAL,
+        Structure.MIXING,
+        Structure.DEEP,
+    )
+    deep_ranks: Annotated[int, Field(ge=2, le=256)] = 16
+    keep_dense: tuple[str, ...] = ()
+
+    def reason_to_keep(self, name: str) -> str | None:
+        """Return why the space leaves a layer dense, or None."""
+        for pattern in self.keep_dense:
+            if fnmatchcase(name, pattern):
+                return f"the search space keeps {pattern!r} dense"
+        return None
+
+
+def load_space(name: str | Path) -> SearchSpace:
+    """Read a search space by the name of one that comes with the package, or from a YAML file.
+
+    Raises:
+        SpaceError: there is no such space, or the file is malformed.
+    """
+    path = _find(name)
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise SpaceError(f"{path} is larger than any search space (1 MiB)")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpaceError(f"can't read the search space {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "too deeply nested"
+        raise SpaceError(f"the search space {path} is not YAML{where}: {problem}") from error
+    try:
+        return SearchSpace.model_validate(content or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise SpaceError(f"the search space {path} is not valid: {where}: {first['msg']}") from error
+
+
+def _find(name: str | Path) -> Path:
+    known = {path.stem: path for folder in _FOLDERS if folder.is_dir() for path in sorted(folder.glob("*.yaml"))}
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).is_file():
+        return Path(name)
+    raise SpaceError(f"no search space {str(name)!r}: pass a YAML file or one of {', '.join(sorted(known))}")
