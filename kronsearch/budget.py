@@ -93,7 +93,7 @@ def parse_amount(amount: str | int, *, name: str) -> Amount:
 
 def format_count(count: int) -> str:
     """Write a count with three or four digits and a unit, such as `1.819 G`."""
-    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+    for factor, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return str(count)

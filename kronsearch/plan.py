@@ -181,8 +181,8 @@ def parse_plan(text: str, *, origin: str) -> Plan:
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{origin} is not JSON ({error}): pass the plan.json that `kronsearch run` wrote") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version is None:
-        raise PlanError(f"{origin} is not a plan: it has no schema_version")
+    if type(version) is not int:
+        raise PlanError(f"{origin} is not a plan: it has no schema_version that is a whole number")
     if version != SCHEMA_VERSION:
         raise PlanError(
             f"{origin} has schema_version {version!r}, this version of kronsearch reads {SCHEMA_VERSION}: "

@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+__all__: list[str] = []
+
 
 class _CallableRoom(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

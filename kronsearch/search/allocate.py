@@ -16,7 +16,7 @@ __all__ = ["Allocation", "Choices", "allocate"]
 
 _GAP = 1e-4
 _SECONDS = 20.0
-_SLACK = 2e-6  # of a budget: HiGHS may overstep a row by 1e-6, and budgets are kept to the last MAC
+_SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budgets are kept to the last MAC
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,26 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
     errors = np.concatenate([layer.error[indices] for layer, indices in zip(layers, kept, strict=True)])
     scale = float(errors.max()) or 1.0
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(layers), len(owner)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for limit, name in bounds:
-        costs = np.concatenate([getattr(layer, name)[indices] for layer, indices in zip(layers, kept, strict=True)])
-        constraints.append(LinearConstraint(costs[None] / max(limit, 1), -np.inf, 1 - _SLACK))
-    result = milp(
-        errors / scale,
-        constraints=constraints,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
-    if result.x is None:
-        raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+    rows = [
+        (np.concatenate([getattr(layer, name)[indices] for layer, indices in zip(layers, kept, strict=True)]), limit)
+        for limit, name in bounds
+    ]
+    for slack in (0.0, _SLACK):
+        result = milp(
+            errors / scale,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                *(LinearConstraint(costs[None] / max(limit, 1), -np.inf, 1 - slack) for costs, limit in rows),
+            ],
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
+        if result.x is None:
+            raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+        taken = result.x > 0.5
+        if all(int(costs[taken].sum()) <= limit for costs, limit in rows):
+            break
     starts = np.cumsum([0, *counts[:-1]])
     chosen = tuple(
         int(indices[np.argmax(result.x[start : start + count])])

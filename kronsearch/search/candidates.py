@@ -16,7 +16,7 @@ from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, structure_of
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table, rank_grid
+from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
 
 __all__ = ["Candidates", "UnitCost", "layer_candidates", "pareto", "sequences"]
 
@@ -131,7 +131,7 @@ def layer_candidates(
 def _table(kernel: Tensor, shapes: FactorShapes, highest: int, space: SearchSpace, metric: Metric | None) -> ErrorTable:
     if structure_of(shapes) is Structure.DEEP:
         with torch.no_grad():
-            return cp_table(kernel, shapes, rank_grid(highest, points=space.deep_ranks), metric=metric)
+            return cp_table(kernel, shapes, highest, fits=space.deep_fits, metric=metric)
     table = pair_table(kernel, shapes, metric=metric)
     return ErrorTable(shapes, table.ranks[:highest], table.errors[:highest])
 

@@ -1,10 +1,9 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
-import platform
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ from kronsearch.files import replacing
 from kronsearch.models.apply import apply_plan, calibrate, is_compressed, load_compressed, save_compressed
 from kronsearch.models.checkpoint import fingerprint_weights, read_metadata
 from kronsearch.models.profile import profile_model
-from kronsearch.plan import (
-    Cost,
-    Decomposition,
-    LayerPlan,
-    ModelIdentity,
-    Plan,
-    PlanBudget,
-    Provenance,
-    Score,
-    fingerprint,
-    parse_plan,
-    save_plan,
-)
-from kronsearch.search.allocate import Allocation
+from kronsearch.plan import Decomposition, Plan, Score, parse_plan, save_plan
 from kronsearch.search.candidates import layer_candidates
 from kronsearch.search.decode import Problem
+from kronsearch.search.draft import Draft
 from kronsearch.search.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.reach import check_reachable, replaceable
 from kronsearch.search.score import Scorer
@@ -50,7 +37,6 @@ __all__ = ["SearchResult", "search"]
 
 _CALIBRATION_IMAGES = 512
 _BATCHNORM_IMAGES = 2048
-_PACKAGES = ("kronsearch", "torch", "optuna", "fvcore", "scipy", "numpy")
 
 
 @dataclass(frozen=True)
@@ -132,11 +118,12 @@ def search(
     folder = None if out is None else Path(out)
     if storage is None:
         storage = "sqlite://" if folder is None else f"sqlite:///{folder / 'study.db'}"
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        _make_folder(folder)
     ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     run.prepare(None if len(ledger.finished()) < run.wanted(trials) else ledger.best())
     started = time.monotonic()
+    run.begin(ledger, trials)
     while (done := len(ledger.finished())) < run.wanted(trials):
         if done and timeout is not None and time.monotonic() - started > timeout:
             break
@@ -172,7 +159,7 @@ class _Run:
         watch: Watcher,
     ) -> None:
         self.data, self.budget, self.device, self.seed, self.watch = data, budget, device, seed, watch
-        self.model_spec, self.model_args = model_spec, model_args
+        self.model_spec = model_spec
         self.space = space if isinstance(space, SearchSpace) else load_space(space)
         shape = input_shape or (data.input_shape if data is not None else None)
         if shape is None:
@@ -192,7 +179,8 @@ class _Run:
             batchnorm_images=_BATCHNORM_IMAGES if data is not None else 0,
             seed=seed,
         )
-        self._tell("profile", 1, 1)
+        self.draft = Draft(self.space, budget, self.settings, seed, model_spec, model_args)
+        self._tell("profile", 1, 1, macs=self.cost.macs, params=self.cost.params)
 
     @property
     def higher_is_better(self) -> bool:
@@ -242,18 +230,30 @@ class _Run:
         self._tell("tables", len(self.names), len(self.names))
         self.problem = Problem(self.cost, self.limits, candidates, sensitivity)
 
+    def begin(self, ledger: Study, trials: int) -> None:
+        """Tell that trials are next."""
+        best = ledger.best()
+        self._tell("trials", len(ledger.finished()), self.wanted(trials), best=None if best is None else best.value)
+
     def trial(self, ledger: Study, done: int, wanted: int) -> None:
         """Run one trial to its end."""
         trial = ledger.ask(given_trials(self.problem))
         allocation = self.problem.allocate(suggest(trial, self.problem))
-        plan = self.plan_of(allocation)
-        text = plan.model_dump_json()
-        trial.set_user_attr(PLAN, text)
-        trial.set_user_attr("macs", allocation.macs)
-        trial.set_user_attr("params", allocation.params)
-        trial.set_user_attr("predicted_error", plan.predicted_error)
-        trial.set_user_attr("gap", allocation.gap)
-        value = self._score(trial, plan, self._scored_before(ledger, text))
+        plan = self.draft.plan(self.problem, allocation)
+        digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
+        twin = next(
+            (t for t in ledger.finished() if t.value is not None and t.user_attrs.get("digest") == digest), None
+        )
+        for key, attribute in (
+            (PLAN, plan.model_dump_json()),
+            ("digest", digest),
+            ("macs", allocation.macs),
+            ("params", allocation.params),
+            ("predicted_error", plan.predicted_error),
+            ("gap", allocation.gap),
+        ):
+            trial.set_user_attr(key, attribute)
+        value = self._score(trial, plan, twin)
         ledger.tell(trial, value)
         best = ledger.best()
         self._tell(
@@ -266,14 +266,14 @@ class _Run:
             params=allocation.params,
         )
 
-    def _score(self, trial: Trial, plan: Plan, before: FrozenTrial | None) -> float | None:
+    def _score(self, trial: Trial, plan: Plan, twin: FrozenTrial | None) -> float | None:
+        """Return a plan's score, None if it is pruned or diverges; what an earlier trial with the same plan had."""
         if self.scorer is None:
             return plan.predicted_error
-        if before is not None:
-            trial.set_user_attr("same_as", before.number)
+        if twin is not None:
             for key in ("settled", "divergence", "examples"):
-                trial.set_user_attr(key, before.user_attrs.get(key))
-            return before.value
+                trial.set_user_attr(key, twin.user_attrs.get(key))
+            return twin.value
         small = self.scorer.build(plan.replaced)
         trial.set_user_attr("settled", self.scorer.validate(small).metric)
         last: Evaluation | None = None
@@ -288,51 +288,6 @@ class _Run:
         trial.set_user_attr("examples", last.n)
         return last.metric
 
-    def _scored_before(self, ledger: Study, plan: str) -> FrozenTrial | None:
-        same = (trial for trial in ledger.finished() if trial.value is not None and trial.user_attrs.get(PLAN) == plan)
-        return next(same, None)
-
-    def plan_of(self, allocation: Allocation) -> Plan:
-        """Return the plan of an allocation, its score yet unknown."""
-        chosen = dict(zip(self.names, allocation.chosen, strict=True))
-        candidates = {layer.name: layer for layer in self.problem.candidates}
-        layers: dict[str, LayerPlan] = {}
-        for layer in self.cost.layers:
-            if layer.kernel_shape is None:
-                continue
-            if layer.name not in chosen:
-                reason = layer.keeps_dense or self.space.reason_to_keep(layer.name) or "it is not a layer with a kernel"
-                layers[layer.name] = LayerPlan(kernel_shape=layer.kernel_shape, dense=reason)
-                continue
-            own, index = candidates[layer.name], chosen[layer.name]
-            spec = own.spec(index)
-            if spec is None:
-                reason = "no candidate costs less" if len(own) == 1 else "the allocation spends the budget on it"
-                layers[layer.name] = LayerPlan(kernel_shape=layer.kernel_shape, dense=reason)
-            else:
-                layers[layer.name] = LayerPlan(
-                    kernel_shape=layer.kernel_shape, spec=spec, error=float(own.error[index])
-                )
-        return Plan(
-            model=ModelIdentity(spec=self.model_spec, args=self.model_args, fingerprint=fingerprint(layers)),
-            input_shape=self.cost.input_shape,
-            budget=PlanBudget(
-                flops=None if self.budget.flops is None else str(self.budget.flops),
-                params=None if self.budget.params is None else str(self.budget.params),
-                max_macs=self.limits.macs,
-                max_params=self.limits.params,
-            ),
-            dense=Cost(macs=self.cost.macs, params=self.cost.params),
-            compressed=Cost(macs=allocation.macs, params=allocation.params),
-            layers=layers,
-            decomposition=self.settings,
-            predicted_error=self.problem.predicted_error(allocation.chosen),
-            provenance=Provenance(
-                versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-                seed=self.seed,
-            ),
-        )
-
     def final_plan(self, best: FrozenTrial, study: str) -> Plan:
         """Return the stored plan of a trial with its score and where it comes from."""
         plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
@@ -340,8 +295,7 @@ class _Run:
         if self.data is not None and best.value is not None:
             examples = int(best.user_attrs.get("examples") or 0)
             score = Score(metric=self.data.task.metric_name, value=best.value, examples=examples)
-        gap = float(best.user_attrs.get("gap", 0.0))
-        provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number, "gap": gap})
+        provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number})
         return plan.model_copy(update={"score": score, "provenance": provenance})
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
@@ -397,6 +351,13 @@ class _Run:
         params: int | None = None,
     ) -> None:
         self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best, macs=macs, params=params))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"can't make the folder {folder} ({error.strerror}): pass another --out") from error
 
 
 def _save_table(table: pd.DataFrame, folder: Path) -> None:

@@ -4,15 +4,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kronsearch.errors import SpaceError
 from kronsearch.sekron.shapes import Structure
+from kronsearch.yamlfile import read_yaml
 
 __all__ = ["SearchSpace", "load_space"]
 
-_LARGEST_FILE = 2**20
+_LARGEST_FILE = 2**16
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FOLDERS = (_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces")  # as installed; in a checkout
 
@@ -28,7 +28,7 @@ class SearchSpace(BaseModel):
         Structure.MIXING,
         Structure.DEEP,
     )
-    deep_ranks: Annotated[int, Field(ge=2, le=256)] = 16
+    deep_fits: Annotated[int, Field(ge=2, le=64)] = 8
     keep_dense: tuple[str, ...] = ()
 
     def reason_to_keep(self, name: str) -> str | None:
@@ -46,17 +46,7 @@ def load_space(name: str | Path) -> SearchSpace:
         SpaceError: there is no such space, or the file is malformed.
     """
     path = _find(name)
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise SpaceError(f"{path} is larger than any search space (1 MiB)")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpaceError(f"can't read the search space {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "too deeply nested"
-        raise SpaceError(f"the search space {path} is not YAML{where}: {problem}") from error
+    content, _ = read_yaml(path, largest=_LARGEST_FILE, error=SpaceError)
     try:
         return SearchSpace.model_validate(content or {})
     except ValidationError as error:

@@ -11,7 +11,7 @@ from kronsearch.sekron.shapes import Structure, cp_sequence, factor_pairs
 from kronsearch.sekron.spec import SeKronSpec
 
 if TYPE_CHECKING:
-    from kronsearch.sekron.decompose import decompose, relative_error
+    from kronsearch.sekron.decomposition import decompose, relative_error
     from kronsearch.sekron.layers import SeKronConv2d, SeKronLinear
     from kronsearch.sekron.metrics import Metric, Moments
     from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
@@ -44,10 +44,10 @@ _HOMES = {
     "SeKronConv2d": "layers",
     "SeKronLinear": "layers",
     "cp_table": "tables",
-    "decompose": "decompose",
+    "decompose": "decomposition",
     "pair_table": "tables",
     "reconstruct": "tensors",
-    "relative_error": "decompose",
+    "relative_error": "decomposition",
 }
 
 

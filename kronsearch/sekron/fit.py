@@ -18,8 +18,9 @@ from kronsearch.sekron.tensors import balance, contract, leaves
 
 __all__ = ["fit", "grow"]
 
-_SWEEPS = 100
-_TOLERANCE = 1e-4  # of the squared error, over `_WINDOW` sweeps
+_MOST_SWEEPS, _FEWEST_SWEEPS = 300, 40
+_SWEPT = 30_000_000  # entries of the tensor times sweeps, between those two: a sweep of 2 M entries takes a second
+_TOLERANCE = 2e-4  # of the squared error, over `_WINDOW` sweeps
 _WINDOW = 5
 _PROXIMAL = 1e-6  # of the Gram matrix's mean eigenvalue
 
@@ -29,7 +30,7 @@ def fit(
     ranks: Sequence[int],
     *,
     start: Sequence[Tensor] | None = None,
-    sweeps: int = _SWEEPS,
+    sweeps: int | None = None,
     tolerance: float = _TOLERANCE,
 ) -> tuple[list[Tensor], float]:
     """Fit the factor matrices of a tensor (n_1, …, n_S), S ≥ 2, together.
@@ -38,7 +39,7 @@ def fit(
         tensor: the unfolded kernel.
         ranks: (R_1, …, R_{S-1}).
         start: factor matrices to begin with; the recursive SVD when None.
-        sweeps: at most that many passes over all factors.
+        sweeps: at most that many passes over all factors; None allows 40 on large tensors up to 300 on small ones.
         tolerance: stop when five sweeps lower the squared error by less than this part of it.
 
     Returns:
@@ -50,6 +51,8 @@ def fit(
     matrices = balance(start if start is not None else begin(tensor, ranks), ranks)
     floor = 10 * torch.finfo(tensor.dtype).eps
     history: list[float] = []
+    if sweeps is None:
+        sweeps = min(_MOST_SWEEPS, max(_FEWEST_SWEEPS, _SWEPT // tensor.numel()))
     for _ in range(sweeps):
         squared = sweep(tensor, matrices, ranks) / energy
         history.append(max(squared, 0.0))
@@ -124,10 +127,28 @@ def begin(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 
 def largest_terms(tensor: Tensor, terms: int) -> list[Tensor]:
-    """Return the largest terms of the untruncated recursive SVD as CP matrices (terms, n_k)."""
-    sizes = tensor.shape
-    full = [min(sizes[k], prod(sizes[k + 1 :])) for k in range(len(sizes) - 1)]
-    columns = leaves(recursive_svd(tensor, full), full)
+    """Return the largest terms of the untruncated recursive SVD as CP matrices (terms, n_k), to begin a fit with.
+
+    The singular vectors are those of Gram matrices, whose smaller side is all that has to be decomposed.
+    """
+    columns: list[Tensor] = []
+    rest = tensor[None]
+    for _ in range(tensor.ndim - 1):
+        nodes = rest.reshape(len(rest), rest.shape[1], -1)
+        high, wide = nodes.shape[1:]
+        if high <= wide:
+            left = torch.linalg.eigh(nodes @ nodes.mT).eigenvectors
+            right = left.mT @ nodes
+        else:
+            vectors = torch.linalg.eigh(nodes.mT @ nodes).eigenvectors
+            scaled = nodes @ vectors
+            norms = scaled.norm(dim=1, keepdim=True).clamp_min(torch.finfo(tensor.dtype).tiny)
+            left, right = scaled / norms, norms.mT * vectors.mT
+        kept = min(high, wide)
+        columns = [column.repeat_interleave(kept, dim=0) for column in columns]
+        columns.append(left.mT.reshape(-1, high))
+        rest = right.reshape(-1, *rest.shape[2:])
+    columns.append(rest.reshape(len(rest), -1))
     order = columns[-1].norm(dim=1).argsort(descending=True, stable=True)[:terms]
     chosen = [column[order] for column in columns]
     missing = terms - len(order)

@@ -1,7 +1,8 @@
 """Layers that hold Kronecker factors and run without forming the kernel."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self, TypeVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronsearch.errors import SpecError
-from kronsearch.sekron.decompose import decompose
+from kronsearch.sekron.decomposition import decompose
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
@@ -22,14 +23,24 @@ def conv_geometry(conv: nn.Conv2d) -> Geometry:
     """Return a convolution's geometry; what zero padding inside of a stage can't do becomes padding beforehand."""
     extent = conv.kernel_size
     if conv.padding == "same":
-        spans = [d * (k - 1) for d, k in zip(conv.dilation, extent, strict=True)]
-        padding = tuple((span // 2, span - span // 2) for span in spans)
+        padding = same_padding(extent, conv.dilation)
     elif conv.padding == "valid":
         padding = ((0, 0),) * len(extent)
     else:
         padding = tuple((int(p), int(p)) for p in conv.padding)
-    uneven = any(before != after for before, after in padding)
-    return Geometry(conv.stride, conv.dilation, padding, padded_first=uneven or conv.padding_mode != "zeros")
+    geometry = Geometry(conv.stride, conv.dilation, padding)
+    return replace(geometry, padded_first=is_uneven(geometry) or conv.padding_mode != "zeros")
+
+
+def same_padding(extent: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return what `padding="same"` means on each axis: (before, after), an odd one behind."""
+    spans = [d * (k - 1) for d, k in zip(dilation, extent, strict=True)]
+    return tuple((span // 2, span - span // 2) for span in spans)
+
+
+def is_uneven(geometry: Geometry) -> bool:
+    """Tell whether an axis is padded differently before and after, which a convolution can't do by itself."""
+    return any(before != after for before, after in geometry.padding)
 
 
 def moved(data: Tensor, sizes: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -104,7 +115,7 @@ class SeKronLayer(nn.Module):
             data = self._follow(stage, data, examples, later, self.bias if last and later == 1 else None)
             later *= stage.group_out
         if self.bias is not None and others and later != others[-1].group_out:
-            data = data + self.bias.reshape(-1, *(1,) * (data.ndim - 2))
+            data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 2))  # the dtype is autocast's
         return data
 
     def _follow(self, stage: Stage, data: Tensor, examples: int, later: int, bias: Tensor | None) -> Tensor:
@@ -146,6 +157,13 @@ class SeKronLayer(nn.Module):
             factor = factor.permute(0, 2, 3, 1, *range(4, factor.ndim))
         return factor.reshape(stage.groups * stage.group_out, stage.group_in, *extent)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Module.to(memory_format=channels_last) takes a factor of five dimensions for an image, and fails on it
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t.flatten()).reshape(t.shape) if t.ndim > 4 else fn(t), recurse
+        )
+        return self
+
     @abstractmethod
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run one stage on data (batch, groups · group_in, *positions)."""
@@ -182,6 +200,9 @@ class SeKronConv2d(SeKronLayer):
     ) -> None:
         if len(spec.kernel_shape) != 4:
             raise SpecError(f"a 2-d convolution has a kernel of 4 modes, {spec} has {len(spec.kernel_shape)}")
+        geometry = replace(
+            geometry, padded_first=geometry.padded_first or is_uneven(geometry) or padding_mode != "zeros"
+        )
         super().__init__(spec, geometry, bias=bias, dtype=dtype, device=device)
         self.padding_mode = padding_mode
 
@@ -208,10 +229,18 @@ class SeKronConv2d(SeKronLayer):
         return layer.load_layer(conv, metric, refine)
 
     def to_conv(self) -> nn.Conv2d:
-        """Return the dense convolution of the reconstructed kernel."""
+        """Return the dense convolution of the reconstructed kernel.
+
+        Raises:
+            SpecError: the padding is uneven in a way that a `Conv2d` doesn't have.
+        """
         out_channels, in_channels, *extent = self.spec.kernel_shape
         geometry = self.geometry
-        uneven = any(before != after for before, after in geometry.padding)
+        uneven = is_uneven(geometry)
+        if uneven and (geometry.stride != (1, 1) or geometry.padding != same_padding(extent, geometry.dilation)):
+            raise SpecError(
+                f"no Conv2d has the padding {geometry.padding}: only the uneven padding of 'same' can be kept"
+            )
         conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -222,7 +251,7 @@ class SeKronConv2d(SeKronLayer):
             bias=self.bias is not None,
             padding_mode=self.padding_mode,  # type: ignore[arg-type]  # any that a Conv2d has accepted
             dtype=self.factors[0].dtype,
-            device=self.factors[0].device,
+            device="meta",
         )
         return to_dense(self, conv)
 
@@ -283,10 +312,8 @@ class SeKronLinear(SeKronLayer):
     def to_linear(self) -> nn.Linear:
         """Return the dense linear layer of the reconstructed weight."""
         out_features, in_features = self.spec.kernel_shape
-        first = self.factors[0]
-        linear = nn.Linear(
-            in_features, out_features, bias=self.bias is not None, dtype=first.dtype, device=first.device
-        )
+        dtype = self.factors[0].dtype
+        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, dtype=dtype, device="meta")
         return to_dense(self, linear)
 
     def forward(self, data: Tensor) -> Tensor:
@@ -299,14 +326,15 @@ class SeKronLinear(SeKronLayer):
             return F.linear(data, weight, bias)
         inputs = data.reshape(len(data), stage.groups, stage.group_in).transpose(0, 1)
         weights = weight.reshape(stage.groups, stage.group_out, stage.group_in).transpose(1, 2)
-        return torch.bmm(inputs, weights).transpose(0, 1).reshape(len(data), -1)
+        return torch.bmm(inputs, weights).transpose(0, 1).reshape(len(data), stage.groups * stage.group_out)
 
 
 Dense = TypeVar("Dense", nn.Conv2d, nn.Linear)
 
 
 def to_dense(layer: SeKronLayer, dense: Dense) -> Dense:
-    """Fill a dense layer with the reconstructed kernel and the bias of a factorised one."""
+    """Fill a dense layer, made on the meta device so that no initialisation is drawn, from a factorised one."""
+    dense = dense.to_empty(device=layer.factors[0].device)
     with torch.no_grad():
         dense.weight.copy_(layer.kernel)
         if layer.bias is not None and dense.bias is not None:

@@ -1,11 +1,12 @@
 """Error tables: what every rank of a sequence costs in accuracy of the kernel, without running the network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from kronsearch.sekron.fit import fit, grow
@@ -15,7 +16,9 @@ from kronsearch.sekron.tensors import unfold_kernel
 
 __all__ = ["ErrorTable", "cp_table", "pair_table", "rank_grid"]
 
-_STEP_SWEEPS = 30  # at each rank of a warm-started ladder; measured within 3 % of 300 sweeps from scratch
+_STEP_SWEEPS = 30  # at each rank of a warm-started ladder; measured within 10 % of 300 sweeps from scratch
+_LARGE = 2**19  # entries of a kernel above which a third of the sweeps must do: they take seconds there
+_NO_ERROR = 1e-12  # float32 fits are no better, and a logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -52,32 +55,40 @@ def pair_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | 
     squares = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
     tails = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     energy = float(tails[-1]) or 1.0
-    errors = (tails[:-1].flip(0) / energy).numpy()
+    errors = (tails[:-1].flip(0) / energy).cpu().numpy()
     return ErrorTable(factor_shapes, np.arange(1, len(errors) + 1), errors)
 
 
 def cp_table(
-    kernel: Tensor, factor_shapes: FactorShapes, ranks: Sequence[int], *, metric: Metric | None = None
+    kernel: Tensor, factor_shapes: FactorShapes, highest: int, *, fits: int, metric: Metric | None = None
 ) -> ErrorTable:
-    """Return fitted errors of a sequence of three factors or more with the ranks (R, 1, …), R ascending.
+    """Return errors of a sequence of three factors or more with the ranks (R, 1, …), R up to the highest.
 
-    Each rank's fit starts from the one before it. The errors are upper bounds: a longer fit is lower by a few percent.
+    The kernel is fitted at rank 1 and `fits` others in equal ratios, each fit starting from the one before it. Fitted
+    errors are upper bounds: a longer fit is lower by some percent. Between them the error is interpolated (it is smooth
+    in the rank) at three times as many ranks.
     """
     tensor = unfold_kernel(kernel.detach().float(), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     ones = (1,) * (len(factor_shapes) - 2)
+    sweeps = _STEP_SWEEPS if tensor.numel() <= _LARGE else _STEP_SWEEPS // 3
     matrices: list[Tensor] | None = None
+    fitted = rank_grid(highest, points=fits)
     errors: list[float] = []
-    for rank in ranks:
+    for rank in fitted:
         start = None if matrices is None else grow(tensor, matrices, rank)
-        matrices, error = fit(tensor, (rank, *ones), start=start, sweeps=_STEP_SWEEPS)
-        errors.append(min([error, *errors[-1:]]))
+        matrices, error = fit(tensor, (rank, *ones), start=start, sweeps=sweeps)
+        errors.append(min([max(error, _NO_ERROR), *errors[-1:]]))
+    ranks = sorted({*fitted, *rank_grid(highest, points=4 * fits)})
+    if len(fitted) > 1:
+        errors = np.exp(PchipInterpolator(np.log(fitted), np.log(errors))(np.log(ranks))).tolist()
     return ErrorTable(factor_shapes, np.asarray(ranks, dtype=np.int64), np.asarray(errors))
 
 
 def rank_grid(highest: int, *, points: int) -> tuple[int, ...]:
-    """Return at most that many ranks from 1 to the highest, in about equal ratios."""
+    """Return rank 1 and at most that many others, in about equal ratios from a 64th of the highest to the highest."""
     if highest < 1:
         return ()
-    return tuple(sorted({round(float(rank)) for rank in np.geomspace(1, highest, points)}))
+    spread = np.geomspace(max(1, highest / 64), highest, points)
+    return tuple(sorted({1, *(round(float(rank)) for rank in spread)}))

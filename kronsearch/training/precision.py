@@ -29,13 +29,22 @@ def precision_for(device: str | torch.device) -> Precision:
 def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     """Run the model on a batch and return its outputs as float32 (float64 stays so).
 
-    Images (four dimensions) are handed over in the channels_last layout. Raises ModelError if the model returns
-    anything but one tensor.
+    Images (four dimensions) are handed over in the channels_last layout. Raises ModelError if the model can't run on
+    them, or returns anything but one tensor.
     """
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        outputs = model(inputs)
+    try:
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            outputs = model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"{type(model).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): "
+            "pass the data that it was made for"
+        ) from error
     if not isinstance(outputs, Tensor):
         raise ModelError(
             f"{type(model).__name__} returned a {type(outputs).__name__}, one tensor is needed: switch auxiliary "

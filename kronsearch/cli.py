@@ -1,0 +1,174 @@
+"""The command line: its options, and what becomes of errors.
+
+Results go to stdout, everything else to stderr. Exit codes: 0; 2 for what a user can put right, in one line; 130 when
+interrupted; 1 for a fault of the program.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from kronsearch import commands
+from kronsearch.config import Settings, resolve
+from kronsearch.errors import KronsearchError
+from kronsearch.report import one_line
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Smaller networks by a search over Kronecker factorizations (SeKron) under a FLOPs and params budget.",
+    epilog="Options may also stand in a kronsearch.yaml in the working directory.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Words = str | None
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that `kronsearch run` wrote")]
+ModelSpec = Annotated[
+    Words, typer.Option("--model", metavar="SPEC", help="zoo:NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE")
+]
+ModelArgs = Annotated[
+    Words, typer.Option("--model-args", metavar="JSON", help="A JSON object: keyword arguments for the model")
+]
+Weights = Annotated[
+    Words, typer.Option("--weights", metavar="FILE", help="A checkpoint, or a name such as DEFAULT to download")
+]
+DataSpec = Annotated[
+    Words, typer.Option("--data", metavar="SPEC", help="digits, cifar10:DIR, imagefolder:DIR or MODULE:CALLABLE")
+]
+InputShape = Annotated[
+    Words, typer.Option("--input-shape", metavar="3,224,224", help="Sizes of one example, if there are no data")
+]
+Space = Annotated[Words, typer.Option("--space", metavar="NAME|FILE", help="Search space [default: default]")]
+Device = Annotated[Words, typer.Option("--device", metavar="cpu|cuda", help="Where to compute [default: cpu]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all that is random [default: 0]")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the study's log")]
+
+
+@app.command("run")
+def run(
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    input_shape: InputShape = None,
+    budget_flops: Annotated[
+        Words, typer.Option("--budget-flops", metavar="1G|50%", help="Bound on the MACs of one example")
+    ] = None,
+    budget_params: Annotated[
+        Words, typer.Option("--budget-params", metavar="90k|20%", help="Bound on the number of parameters")
+    ] = None,
+    space: Space = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
+    timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
+    storage: Annotated[
+        Words, typer.Option("--storage", metavar="URL", help="Optuna storage [default: sqlite:///OUT/study.db]")
+    ] = None,
+    study: Annotated[Words, typer.Option("--study", metavar="NAME", help="Name of the study in the storage")] = None,
+    out: Annotated[
+        Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-out]")
+    ] = None,
+    device: Device = None,
+    seed: Seed = None,
+    final_epochs: Annotated[
+        float | None, typer.Option("--final-epochs", help="Epochs of fine-tuning at the end [default: 2]")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search for the best plan under a budget; the same line again resumes."""
+    _execute(commands.run, **locals())
+
+
+@app.command("profile")
+def profile(
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    input_shape: InputShape = None,
+    space: Space = None,
+    debug: Debug = False,
+) -> None:
+    """Show what each layer costs, which can be replaced, and the smallest reachable cost."""
+    _execute(commands.profile, **locals())
+
+
+@app.command("show")
+def show(plan: PlanFile, debug: Debug = False) -> None:
+    """Show a plan."""
+    _execute(lambda _: commands.show(plan), debug=debug)
+
+
+@app.command("apply")
+def apply(
+    plan: PlanFile,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The compressed checkpoint (safetensors)")],
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    device: Device = None,
+    seed: Seed = None,
+    debug: Debug = False,
+) -> None:
+    """Apply a plan to a checkpoint of the same network."""
+    options = {name: value for name, value in locals().items() if name not in ("plan", "out")}
+    _execute(partial(commands.apply, plan, out), **options)
+
+
+@app.command("evaluate")
+def evaluate(
+    plan: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan to apply to the weights")] = None,
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    split: Annotated[Words, typer.Option("--split", metavar="test|val", help="Split [default: test]")] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint."""
+    options = {name: value for name, value in locals().items() if name != "plan"}
+    _execute(partial(commands.evaluate, plan), **options)
+
+
+def main() -> None:
+    """Run the command line, the entry point of the console script `kronsearch`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ⊗ shows a ?
+    app()
+
+
+def _execute(command: Callable[[Settings], None], **given: object) -> None:
+    """Run a command with its settings; errors become one line on stderr and an exit code."""
+    debug = bool(given.get("debug"))
+    try:
+        settings = resolve({name: None if value is False else value for name, value in given.items()})
+        debug = settings.debug
+        command(settings)
+    except KronsearchError as error:
+        _fail(f"error: {error}", 2, debug=debug)
+    except KeyboardInterrupt:
+        _fail("interrupted: the same line again resumes the study" if command is commands.run else "interrupted", 130)
+    except BrokenPipeError:
+        raise  # whoever read the results has seen enough; Typer ends quietly
+    except Exception as error:
+        hint = "" if debug else " (run again with --debug for the traceback)"
+        _fail(f"error: {type(error).__name__}: {error}{hint}", 1, debug=debug)
+
+
+def _fail(message: str, code: int, *, debug: bool = False) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    typer.echo(one_line(message), err=True)
+    raise typer.Exit(code)

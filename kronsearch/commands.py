@@ -1,0 +1,170 @@
+"""The commands: each takes its settings, makes one call of the library, and prints what came of it.
+
+What is slow to import is imported by the command that needs it, after what can be refused without it.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from kronsearch.budget import Budget
+from kronsearch.config import CONFIG_FILE, OptionError, Settings
+from kronsearch.plan import Plan, load_plan, parse_plan
+from kronsearch.report import comparison, console_for, evaluation, plan_report, profile_report
+from kronsearch.watching import SearchView
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from kronsearch.training.data import Data
+
+__all__ = ["apply", "evaluate", "profile", "run", "show"]
+
+
+def run(settings: Settings) -> None:
+    """Search for the best plan under a budget, and compare dense and compressed network."""
+    spec = _needed(settings.model, "--model")
+    budget = Budget(flops=settings.budget_flops, params=settings.budget_params)
+
+    from kronsearch.search.progress import ignore
+    from kronsearch.search.run import search
+
+    if not settings.debug:
+        logging.getLogger("optuna").setLevel(logging.ERROR)  # its log tells what the progress tells
+    device = _device(settings)
+    model = _load_model(settings, spec)
+    data = _load_data(settings, None)
+    with SearchView(console_for(sys.stderr), budget, timeout=settings.timeout) as view:
+        result = search(
+            model,
+            data,
+            budget=budget,
+            trials=settings.trials,
+            timeout=settings.timeout,
+            space=settings.space,
+            storage=settings.storage,
+            study=settings.study,
+            out=settings.out,
+            input_shape=_input_shape(settings, spec, model, data),
+            device=device,
+            seed=settings.seed,
+            final_epochs=settings.final_epochs,
+            model_spec=spec,
+            model_args=settings.model_args,
+            watch=ignore if settings.quiet else view,
+        )
+    metric = None if data is None else data.task.metric_name
+    console = console_for()
+    console.print(comparison(result.plan, dense=result.dense, compressed=result.compressed, metric=metric))
+    console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
+
+
+def profile(settings: Settings) -> None:
+    """Show what each layer costs, and the smallest reachable cost."""
+    spec = _needed(settings.model, "--model")
+
+    from kronsearch.models.profile import profile_model
+    from kronsearch.search.reach import smallest_cost
+    from kronsearch.search.space import load_space
+
+    space = load_space(settings.space)
+    model = _load_model(settings, spec, warn=False)
+    cost = profile_model(model, input_shape=_input_shape(settings, spec, model, _load_data(settings, None)))
+    console_for().print(profile_report(cost, smallest=smallest_cost(cost, space)))
+
+
+def show(path: Path) -> None:
+    """Show a plan."""
+    console_for().print(plan_report(load_plan(path)))
+
+
+def apply(path: Path, out: Path, settings: Settings) -> None:
+    """Apply a plan to a checkpoint, and write the compressed network."""
+    spec = _needed(settings.model, "--model")
+    plan = load_plan(path)
+
+    from kronsearch.models.apply import apply_plan, save_compressed
+
+    device = _device(settings)
+    model = _load_model(settings, spec)
+    small = apply_plan(model, plan, _load_data(settings, plan), device=device)
+    save_compressed(small, plan, out)
+    console = console_for()
+    console.print(comparison(plan))
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+def evaluate(path: Path | None, settings: Settings) -> None:
+    """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint, on a split of the data."""
+    spec = _needed(settings.model, "--model")
+    plan = None if path is None else load_plan(path)
+
+    from kronsearch.models.apply import apply_plan, is_compressed, load_compressed
+    from kronsearch.models.checkpoint import read_metadata
+    from kronsearch.models.loading import load_model
+    from kronsearch.training.evaluate import evaluate
+
+    device, weights = _device(settings), settings.weights
+    compressed = weights is not None and is_compressed(weights)
+    if weights is not None and compressed and plan is None:
+        plan = parse_plan(read_metadata(weights).get("plan", ""), origin=f"the plan in {weights}")
+    data = _load_data(settings, plan)
+    if data is None:
+        raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
+    if weights is not None and compressed:
+        model = load_compressed(load_model(spec, args=settings.model_args), weights, plan)
+    else:
+        model = _load_model(settings, spec)
+        if plan is not None:
+            model = apply_plan(model, plan, data, device=device)
+    result = evaluate(model.to(device), data, settings.split, device=device)
+    console_for().print(evaluation(result, metric=data.task.metric_name, split=settings.split))
+
+
+def _needed(value: str | None, option: str) -> str:
+    if value is None:
+        raise OptionError(
+            f"no {option} given: pass {option} SPEC (zoo:NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE), "
+            f"or write it into {CONFIG_FILE}"
+        )
+    return value
+
+
+def _device(settings: Settings) -> str:
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda: there is no CUDA device that this torch can use; pass --device cpu")
+    return settings.device
+
+
+def _load_model(settings: Settings, spec: str, *, warn: bool = True) -> "nn.Module":
+    from kronsearch.models.loading import load_model
+
+    model = load_model(spec, weights=settings.weights, args=settings.model_args)
+    if warn and settings.weights is None and spec != "zoo:digits":
+        typer.echo(f"warning: no --weights: those of {spec} are random, unless its code loads some", err=True)
+    return model
+
+
+def _load_data(settings: Settings, plan: Plan | None) -> "Data | None":
+    """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on."""
+    if settings.data is None:
+        return None
+    from kronsearch.training.sources import load_data
+
+    given = plan is None or "seed" in settings.model_fields_set
+    return load_data(settings.data, seed=settings.seed if given or plan is None else plan.decomposition.seed)
+
+
+def _input_shape(settings: Settings, spec: str, model: "nn.Module", data: "Data | None") -> tuple[int, ...]:
+    """Return the shape of one example: as given, else the data's, else the one that the model was made for."""
+    from kronsearch.models.loading import default_input_shape
+
+    shape = settings.input_shape or (data.input_shape if data is not None else default_input_shape(spec, model))
+    if shape is None:
+        raise OptionError(f"the input of {spec} is not known: pass --input-shape, such as 3,224,224, or --data")
+    return shape

@@ -1,0 +1,184 @@
+"""What the command line prints at the end: tables of profiles, plans and comparisons, made to be read by people."""
+
+import json
+import sys
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kronsearch.budget import format_count
+from kronsearch.plan import Plan
+
+if TYPE_CHECKING:
+    from kronsearch.models.profile import ModelCost
+    from kronsearch.training.evaluate import Evaluation
+
+__all__ = [
+    "FLOPS",
+    "budget_used",
+    "comparison",
+    "console_for",
+    "evaluation",
+    "one_line",
+    "plan_report",
+    "profile_report",
+]
+
+FLOPS = "flops (MACs, as fvcore counts)"
+_WIDTH_OF_FILES = 160
+
+
+def console_for(stream: IO[str] | None = None) -> Console:
+    """Return a console on a stream (stdout) that prints text as it is; what is no terminal gets wide, plain lines."""
+    stream = sys.stdout if stream is None else stream
+    width = None if stream.isatty() else _WIDTH_OF_FILES
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def one_line(text: object) -> str:
+    """Return the text on one line; what can't be printed, such as escape codes of a foreign file, becomes `?`."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).split()))
+
+
+def comparison(
+    plan: Plan,
+    *,
+    dense: "Evaluation | None" = None,
+    compressed: "Evaluation | None" = None,
+    metric: str | None = None,
+) -> RenderableType:
+    """Return the table dense / compressed, with the metric on the test split where there are data, and the budget."""
+    table = _costs(plan, "compressed")
+    if dense is not None and compressed is not None:
+        change = compressed.metric - dense.metric
+        table.add_row(f"test {metric}", f"{dense.metric:.4f}", f"{compressed.metric:.4f}", f"{change:+.4f}")
+    else:
+        table.add_row("predicted error", "0", f"{plan.predicted_error:.4g}", "")
+    return Group(table, *map(Text, (*budget_used(plan), *_gap(plan))))
+
+
+def budget_used(plan: Plan) -> list[str]:
+    """Return one line for each bound of the plan's budget: how much of it the compressed network uses."""
+    budget, used = plan.budget, plan.compressed
+    bounds = (
+        (FLOPS, budget.flops, used.macs, budget.max_macs),
+        ("params", budget.params, used.params, budget.max_params),
+    )
+    return [
+        f"budget of {name}: {one_line(written or bound)} ({format_count(bound)}), {used / max(1, bound):.2%} used"
+        for name, written, used, bound in bounds
+        if bound is not None
+    ]
+
+
+def plan_report(plan: Plan) -> RenderableType:
+    """Return a plan's layers, costs, budget, score and provenance."""
+    layers = _table("layer", "kernel", "becomes", numbers=("squared error",))
+    for name, layer in plan.layers.items():
+        becomes, error = f"dense: {layer.dense}", ""
+        if layer.spec is not None:
+            becomes, error = str(layer.spec), f"{layer.error:.4g}"
+        layers.add_row(one_line(name), _sizes(layer.kernel_shape), one_line(becomes), error)
+    lines = [
+        *budget_used(plan),
+        *_gap(plan),
+        f"predicted error: {plan.predicted_error:.4g}",
+        *_score(plan),
+        _model(plan),
+        _decomposition(plan),
+        _provenance(plan),
+    ]
+    return Group(layers, _costs(plan, "compressed"), *map(Text, lines))
+
+
+def profile_report(cost: "ModelCost", *, smallest: tuple[int, int]) -> RenderableType:
+    """Return what a network costs by layer, which layers can be replaced, and the smallest reachable cost."""
+    layers = _table("layer", "kind", "kernel", numbers=("MACs", "params"), last="can be replaced")
+    for layer in cost.layers:
+        layers.add_row(
+            one_line(layer.name or "(the model itself)"),
+            one_line(layer.kind),
+            _sizes(layer.kernel_shape or ()),
+            format_count(layer.macs),
+            format_count(layer.params),
+            "yes" if layer.keeps_dense is None else one_line(f"no: {layer.keeps_dense}"),
+        )
+    totals = _table("", numbers=("dense", "smallest reachable", "change"))
+    _add_costs(totals, (cost.macs, cost.params), smallest)
+    note = "Each of the smallest is reached by itself, not both at once."
+    return Group(layers, totals, Text(f"input {_sizes(cost.input_shape)}. {note}"))
+
+
+def evaluation(result: "Evaluation", *, metric: str, split: str) -> RenderableType:
+    """Return a network's metric and loss on a split."""
+    table = _table("", numbers=(split,))
+    table.add_row(one_line(metric), f"{result.metric:.4f}")
+    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("examples", str(result.n))
+    return table
+
+
+def _table(*texts: str, numbers: tuple[str, ...] = (), last: str | None = None) -> Table:
+    table = Table()
+    for name in texts:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    if last is not None:
+        table.add_column(last, overflow="fold")
+    return table
+
+
+def _costs(plan: Plan, name: str) -> Table:
+    table = _table("", numbers=("dense", name, "change"))
+    _add_costs(table, (plan.dense.macs, plan.dense.params), (plan.compressed.macs, plan.compressed.params))
+    return table
+
+
+def _add_costs(table: Table, dense: tuple[int, int], other: tuple[int, int]) -> None:
+    for name, before, after in zip((FLOPS, "params"), dense, other, strict=True):
+        table.add_row(name, format_count(before), format_count(after), _change(before, after))
+
+
+def _change(before: int, after: int) -> str:
+    if not before or not after or before == after:
+        return ""
+    return f"{before / after:.2f}× fewer" if after < before else f"{after / before:.2f}× more"
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _gap(plan: Plan) -> list[str]:
+    gap = plan.provenance.gap
+    return [] if gap is None else [f"proven gap: at most {gap:.2%} above the least that the allocation could reach"]
+
+
+def _score(plan: Plan) -> list[str]:
+    score = plan.score
+    return (
+        [] if score is None else [f"score of its trial: {one_line(score.metric)} {score.value:.4f}, n {score.examples}"]
+    )
+
+
+def _model(plan: Plan) -> str:
+    arguments = f" with --model-args '{one_line(json.dumps(plan.model.args))}'" if plan.model.args else ""
+    replaced = f"{len(plan.replaced)} of {len(plan.layers)} layers replaced"
+    return f"model: {one_line(plan.model.spec or 'not named')}{arguments}, input {_sizes(plan.input_shape)}, {replaced}"
+
+
+def _decomposition(plan: Plan) -> str:
+    how = plan.decomposition
+    calibration = f"data-aware, {how.calibration_images} images" if how.calibration_images else "of the weights alone"
+    statistics = f"batch norms re-estimated on {how.batchnorm_images} images" if how.batchnorm_images else ""
+    return f"decomposition: {', '.join(filter(None, (calibration, statistics, f'seed {how.seed}')))}"
+
+
+def _provenance(plan: Plan) -> str:
+    origin = plan.provenance
+    trial = f"trial {origin.trial} of study {one_line(origin.study)}" if origin.study is not None else "no study"
+    versions = [f"{one_line(name)} {one_line(version)}" for name, version in origin.versions.items()]
+    return f"provenance: {', '.join((trial, f'seed {origin.seed}', *versions))}"

@@ -1,0 +1,39 @@
+"""What the tests of the command line share."""
+
+import pytest
+
+from kronsearch.plan import (
+    Cost,
+    Decomposition,
+    LayerPlan,
+    ModelIdentity,
+    Plan,
+    PlanBudget,
+    Provenance,
+    Score,
+    fingerprint,
+)
+from kronsearch.sekron.spec import SeKronSpec
+
+SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Return a plan of two layers, one of them replaced."""
+    layers = {
+        "conv": LayerPlan(kernel_shape=(8, 4, 3, 3), spec=SPEC, error=0.0625),
+        "head": LayerPlan(kernel_shape=(10, 8), dense="no candidate costs less"),
+    }
+    return Plan(
+        model=ModelIdentity(spec="zoo:digits", args={"width": 8}, fingerprint=fingerprint(layers)),
+        input_shape=(4, 8, 8),
+        budget=PlanBudget(flops="50%", max_macs=10_000),
+        dense=Cost(macs=20_000, params=8 * 4 * 3 * 3 + 10 * 8),
+        compressed=Cost(macs=9_000, params=SPEC.params + 10 * 8),
+        layers=layers,
+        decomposition=Decomposition(calibration_images=256, batchnorm_images=512, seed=3),
+        predicted_error=0.125,
+        score=Score(metric="accuracy", value=0.9765, examples=144),
+        provenance=Provenance(versions={"kronsearch": "0.1.0"}, seed=3, study="digits", trial=7, gap=0.0001),
+    )

@@ -1,0 +1,65 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronsearch.budget import Limits
+from kronsearch.errors import BudgetError
+from kronsearch.search.allocate import Choices, allocate
+
+
+def choices(rows):
+    macs, params, error = zip(*rows, strict=True)
+    return Choices(np.array(macs), np.array(params), np.array(error, dtype=float))
+
+
+def brute_force(layers, limits, fixed):
+    best = None
+    for picks in product(*(range(len(layer.error)) for layer in layers)):
+        macs = fixed + sum(int(layer.macs[i]) for layer, i in zip(layers, picks, strict=True))
+        params = fixed + sum(int(layer.params[i]) for layer, i in zip(layers, picks, strict=True))
+        error = sum(layer.error[i] for layer, i in zip(layers, picks, strict=True))
+        fits = (limits.macs is None or macs <= limits.macs) and (limits.params is None or params <= limits.params)
+        if fits and (best is None or error < best):
+            best = error
+    return best
+
+
+rows = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900), st.integers(0, 1000)), min_size=1, max_size=5)
+bound = st.one_of(st.none(), st.integers(20, 3000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(rows, min_size=1, max_size=4), bound, bound, st.integers(0, 50))
+def test_equals_brute_force_under_any_combination_of_budgets(table, macs, params, fixed):
+    layers, limits = [choices(layer) for layer in table], Limits(macs, params)
+    expected = brute_force(layers, limits, fixed)
+    if expected is None:
+        with pytest.raises(BudgetError, match="can't be reached"):
+            allocate(layers, limits, fixed_macs=fixed, fixed_params=fixed)
+        return
+    found = allocate(layers, limits, fixed_macs=fixed, fixed_params=fixed)
+    assert found.macs == fixed + sum(int(layer.macs[i]) for layer, i in zip(layers, found.chosen, strict=True))
+    assert macs is None or found.macs <= macs
+    assert params is None or found.params <= params
+    assert expected <= found.error <= expected * (1 + 1e-3) + 1e-9
+    assert 0 <= found.gap <= 1e-3
+
+
+def test_a_budget_is_kept_to_the_last_mac():
+    layers = [choices([(10**9, 1, 0.0), (10**9 - 1, 1, 1.0), (5, 1, 9.0)])]
+    assert allocate(layers, Limits(10**9 - 1, None)).macs < 10**9
+
+
+def test_an_unreachable_budget_names_the_smallest():
+    layers = [choices([(100, 10, 0.0), (30, 5, 1.0)]), choices([(50, 4, 0.0)])]
+    with pytest.raises(BudgetError, match=r"85 MACs can't be reached: .* is 87 MACs"):
+        allocate(layers, Limits(85, None), fixed_macs=7)
+
+
+def test_two_budgets_that_only_exclude_each_other():
+    layers = [choices([(10, 100, 0.0), (100, 10, 0.0)])]
+    with pytest.raises(BudgetError, match="each by itself, is 10 MACs and 10 params"):
+        allocate(layers, Limits(20, 20))

@@ -1,0 +1,107 @@
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kronsearch as ks
+from kronsearch.search.candidates import layer_candidates, pareto, sequences
+from kronsearch.search.space import SearchSpace
+from kronsearch.sekron import Structure, count_macs, decompose, factor_pairs, reconstruct
+
+SPACE = SearchSpace(deep_fits=4)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A convolution with stride, and its profile."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+    cost = ks.profile_model(torch.nn.Sequential(conv), input_shape=(8, 9, 11)).layer("0")
+    return conv, cost
+
+
+def test_entry_0_is_the_dense_layer(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SPACE)
+    assert candidates.spec(0) is None
+    assert candidates.macs[0] == 12 * 8 * 3 * 3 * 5 * 6 == cost.macs
+    assert candidates.params[0] == 12 * 8 * 3 * 3
+    assert candidates.error[0] == 0
+
+
+def test_costs_are_those_of_the_specs(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SPACE)
+    for index in range(1, len(candidates), 17):
+        spec = candidates.spec(index)
+        assert candidates.params[index] == spec.params
+        assert candidates.macs[index] == count_macs(spec, cost.geometry, (9, 11))
+
+
+def test_every_candidate_saves_something_and_none_that_does_is_missing(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SearchSpace(structures=("mixing", "spatial", "bottleneck")))
+    assert ((candidates.macs[1:] < cost.macs) | (candidates.params[1:] < 864)).all()
+    expected = 0
+    for shapes in factor_pairs((12, 8, 3, 3)):
+        for rank in range(1, min(map(prod, shapes)) + 1):
+            spec = ks.SeKronSpec(shapes, (rank,))
+            expected += spec.params < 864 or count_macs(spec, cost.geometry, (9, 11)) < cost.macs
+    assert len(candidates) == 1 + expected
+
+
+def test_errors_of_pairs_are_those_of_real_decompositions(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SearchSpace(structures=("mixing", "spatial", "bottleneck")))
+    kernel = conv.weight.detach().double()
+    for index in np.random.default_rng(0).choice(np.arange(1, len(candidates)), 40, replace=False):
+        spec = candidates.spec(int(index))
+        error = ((kernel - reconstruct(decompose(kernel, spec), spec)).norm() / kernel.norm()) ** 2
+        assert candidates.error[index] == pytest.approx(float(error), rel=1e-6, abs=1e-14)
+
+
+def test_errors_of_deep_sequences_bound_real_fits(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SearchSpace(structures=("deep",)))
+    kernel = conv.weight.detach().double()
+    assert set(candidates.structures()[1:]) == {Structure.DEEP}
+    for index in range(1, len(candidates)):
+        spec = candidates.spec(index)
+        error = float(((kernel - reconstruct(decompose(kernel, spec), spec)).norm() / kernel.norm()) ** 2)
+        assert error <= candidates.error[index] * 1.1 + 1e-3  # fitted ranks bound it; in between it is interpolated
+
+
+def test_a_layer_called_twice_costs_twice(layer):
+    conv, _ = layer
+    shapes = next(iter(factor_pairs((12, 8, 3, 3))))
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(x).sum() + self.conv(x[:, :, :5, :5]).sum()
+
+    cost = ks.profile_model(Twice(), input_shape=(8, 9, 11)).layer("conv")
+    unit = next(u for u in sequences((12, 8, 3, 3), cost.geometry, cost.calls, SPACE) if u.factor_shapes == shapes)
+    spec = ks.SeKronSpec(shapes, (1,))
+    assert unit.macs == count_macs(spec, cost.geometry, (9, 11)) + count_macs(spec, cost.geometry, (5, 5))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=40))
+def test_pareto_equals_its_definition(points):
+    macs, params, error = np.array(points).T
+    kept = pareto([macs, params], error.astype(float))
+    expected = [
+        i
+        for i, p in enumerate(points)
+        if not any(
+            all(a <= b for a, b in zip(q, p, strict=True)) and (q != p or j < i) for j, q in enumerate(points) if j != i
+        )
+    ]
+    assert kept.tolist() == expected

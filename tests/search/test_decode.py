@@ -1,0 +1,83 @@
+import math
+
+import pytest
+
+from kronsearch.budget import Limits
+from kronsearch.search.candidates import layer_candidates
+from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.reach import replaceable
+from kronsearch.search.space import SearchSpace
+from kronsearch.search.study import given_trials
+from kronsearch.sekron import Structure
+
+SPACE = SearchSpace(deep_fits=3)
+
+
+@pytest.fixture(scope="module")
+def problem(digits_model, digits_cost):
+    names = replaceable(digits_cost, SPACE)
+    tables = [
+        layer_candidates(digits_model.get_parameter(f"{name}.weight"), digits_cost.layer(name), SPACE) for name in names
+    ]
+    sensitivity = {name: 1.0 + place for place, name in enumerate(names)}
+    return Problem(digits_cost, Limits(digits_cost.macs // 2, None), tables, sensitivity)
+
+
+def errors(problem, allocation):
+    return {
+        layer.name: float(layer.error[index])
+        for layer, index in zip(problem.candidates, allocation.chosen, strict=True)
+    }
+
+
+def test_any_weighing_keeps_the_budget(problem):
+    for importance in (-3.0, 0.0, 3.0):
+        weighing = Weighing(
+            trust=0.3, curvature=0.7, importance={problem.groups[0]: importance}, price={Structure.DEEP: importance}
+        )
+        assert problem.allocate(weighing).macs <= problem.limits.macs
+
+
+def test_the_plain_weighing_with_full_trust_has_the_lowest_predicted_error(problem):
+    plain = problem.predicted_error(problem.allocate(Weighing(trust=1.0)).chosen)
+    for weighing in (Weighing(trust=0.0), Weighing(trust=1.0, curvature=0.6), Weighing(trust=1.0, price={"deep": 2.0})):
+        assert plain <= problem.predicted_error(problem.allocate(weighing).chosen) * (1 + 1e-3)
+
+
+def test_importance_buys_a_group_accuracy(problem):
+    group = problem.groups[0]
+    members = [layer.name for layer in problem.candidates if layer.name in _members(problem, group)]
+    before = errors(problem, problem.allocate(Weighing()))
+    after = errors(problem, problem.allocate(Weighing(importance={group: 3.0})))
+    assert sum(after[name] for name in members) < sum(before[name] for name in members)
+
+
+def _members(problem, group):
+    from kronsearch.search.decode import group_of
+
+    return {layer.name for layer in problem.candidates if group_of(problem.cost.layer(layer.name)) == group}
+
+
+def test_a_price_drives_a_structure_out(problem):
+    kinds = {
+        kind
+        for layer, index in zip(
+            problem.candidates, problem.allocate(Weighing(price={Structure.DEEP: math.log(1e9)})).chosen, strict=True
+        )
+        for kind in [layer.structures()[index]]
+        if layer.error[index] > 1e-6
+    }
+    assert Structure.DEEP not in kinds
+
+
+def test_trial_0_is_the_plain_allocation(problem):
+    given = given_trials(problem)
+    first = given(0)
+    assert first.pop("trust") == Weighing().trust
+    assert first.pop("curvature") == 1.0
+    assert set(first) == {
+        *(f"importance/{group}" for group in problem.groups),
+        *(f"price/{kind}" for kind in problem.structures),
+    }
+    assert set(first.values()) == {0.0}
+    assert given(3) is None

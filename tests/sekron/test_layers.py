@@ -1,0 +1,481 @@
+"""The layers against the dense layers of their kernels, which are formed by the tests' own oracle.
+
+A case supplies a factorised layer, the dense layer that it stands for, and an input; the checks are inherited.
+"""
+
+import copy
+import io
+import math
+import warnings
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kronsearch.errors import SpecError
+from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, reconstruct
+from kronsearch.sekron.layers import conv_geometry
+
+EXACT = 1e-10  # float64: sums of some hundred products of order one
+# Each stage rounds its result to the dtype; of the largest output, over at most four stages.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.06}
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: SeKronSpec
+    input_shape: tuple[int, ...]
+    bias: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.spec} {options}{'' if self.bias else ' no bias'}".replace(" ", "")
+
+
+def quiet_forward(module: nn.Module, data: Tensor) -> Tensor:
+    """Run a dense layer; torch warns that its own 'same' copies the input for an even kernel."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
+        return module(data)
+
+
+def randomise(layer: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+
+
+def draw(shape: tuple[int, ...], seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Compare to a tolerance of the largest expected entry."""
+    scale = max(1.0, float(expected.detach().abs().max()) if expected.numel() else 1.0)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
+
+
+class LayerConformance:
+    """Checks that hold for every factorised layer. Subclasses give CASES, `create` and `dense`."""
+
+    CASES: tuple[Case, ...] = ()
+
+    def create(self, case: Case) -> nn.Module:
+        """Return the factorised layer, float64, its factors drawn at random."""
+        raise NotImplementedError
+
+    def dense(self, case: Case) -> nn.Module:
+        """Return a dense layer with the same settings; its weights don't matter."""
+        raise NotImplementedError
+
+    def dense_forward(self, case, layer, factors, bias, data, indexed_kernel) -> Tensor:
+        """Run the dense layer with the kernel of these factors."""
+        kernel = indexed_kernel(factors, case.spec.factor_shapes, case.spec.ranks)
+        state = {"weight": kernel} if bias is None else {"weight": kernel, "bias": bias}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
+            return functional_call(self.dense(case), state, (data,))
+
+    def test_values_and_gradients(self, case, indexed_kernel):
+        layer = self.create(case)
+        data = draw(case.input_shape).requires_grad_()
+        factors = list(layer.factors)
+        found = layer(data)
+        expected = self.dense_forward(case, layer, factors, layer.bias, data, indexed_kernel)
+        close(found, expected, EXACT)
+        towards = draw(tuple(found.shape), seed=2)
+        wanted = [data, *factors, *([layer.bias] if case.bias else [])]
+        found_gradients = torch.autograd.grad((found * towards).sum(), wanted)
+        expected_gradients = torch.autograd.grad((expected * towards).sum(), wanted)
+        for found_gradient, expected_gradient in zip(found_gradients, expected_gradients, strict=True):
+            close(found_gradient, expected_gradient, EXACT)
+
+
+class LayerLife(LayerConformance):
+    """Further checks, for fewer cases: a layer is saved, copied, cast and shown as any module is."""
+
+    def test_state_dict_round_trip(self, case):
+        layer, other = self.create(case), self.create(case)
+        randomise(other, seed=5)
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        expected = {f"factors.{k}": shape for k, shape in enumerate(case.spec.tensor_shapes)}
+        if case.bias:
+            expected["bias"] = (case.spec.kernel_shape[0],)
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+        assert sum(math.prod(shape) for name, shape in expected.items() if name != "bias") == case.spec.params
+        assert other.load_state_dict(state).missing_keys == []
+        data = draw(case.input_shape)
+        assert torch.equal(layer(data), other(data))
+
+    def test_deepcopy(self, case):
+        layer = self.create(case)
+        data = draw(case.input_shape)
+        before = layer(data)
+        twin = copy.deepcopy(layer)
+        assert torch.equal(twin(data), before)
+        randomise(twin, seed=5)
+        assert torch.equal(layer(data), before)
+
+    def test_repr(self, case):
+        text = repr(self.create(case))
+        assert text.startswith(("SeKronConv2d(", "SeKronLinear("))
+        assert str(case.spec) in text
+        assert f"bias={case.bias}" in text
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_dtypes(self, case, dtype):
+        layer = self.create(case)
+        with torch.no_grad():  # to the scale of trained factors, where bfloat16 is of use
+            for factor in layer.factors:
+                factor.mul_(case.spec.params**-0.5)
+        small = copy.deepcopy(layer).to(dtype)
+        close(small(draw(case.input_shape, dtype=dtype)).double(), layer(draw(case.input_shape)), ROUNDING[dtype])
+
+    def test_autocast_gives_the_dtype_that_a_dense_layer_gives(self, case):
+        layer, dense = self.create(case).float(), self.dense(case).float()
+        data = draw(case.input_shape, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(data).dtype == quiet_forward(dense, data).dtype == torch.bfloat16
+
+    def test_modes_and_an_input_of_no_examples(self, case):
+        layer = self.create(case)
+        data = draw(case.input_shape)
+        assert torch.equal(layer.train()(data), layer.eval()(data))
+        nobody = layer(data[:0])
+        assert nobody.shape == (0, *layer(data).shape[1:])
+
+    def test_the_dense_layer_and_back(self, case):
+        """to_conv / to_linear give the dense layer; factorised again, at full accuracy, it is the same layer."""
+        layer = self.create(case)
+        data = draw(case.input_shape)
+        dense = layer.to_conv() if isinstance(layer, SeKronConv2d) else layer.to_linear()
+        close(dense.weight, layer.kernel, EXACT)
+        close(quiet_forward(dense, data), layer(data), EXACT)
+        whole = SeKronSpec((case.spec.kernel_shape,))
+        again = type(layer)
+        make = again.from_conv if isinstance(layer, SeKronConv2d) else again.from_linear
+        close(make(dense, whole)(data), layer(data), EXACT)
+
+    def test_the_global_generator_is_left_alone(self, case):
+        state = torch.get_rng_state()
+        layer = self.create(case)
+        dense = layer.to_conv() if isinstance(layer, SeKronConv2d) else layer.to_linear()
+        _ = type(layer).from_conv(dense, case.spec) if isinstance(layer, SeKronConv2d) else None
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.cls.CASES, ids=str)
+
+
+CONV_SPECS = (
+    SeKronSpec(((4, 6, 3, 3),)),
+    SeKronSpec(((4, 1, 3, 1), (1, 6, 1, 2)), (3,)),
+    SeKronSpec(((1, 6, 1, 3), (4, 1, 2, 1)), (2,)),
+    SeKronSpec(((4, 1, 1, 1), (1, 6, 3, 2)), (4,)),
+    SeKronSpec(((1, 6, 3, 2), (4, 1, 1, 1)), (3,)),
+    SeKronSpec(((2, 2, 1, 1), (2, 3, 3, 3)), (3,)),
+    SeKronSpec(((2, 3, 3, 1), (2, 2, 1, 5)), (2,)),
+    SeKronSpec(((2, 3, 2, 1), (3, 1, 2, 3)), (2,)),
+    SeKronSpec(((4, 1, 1, 1), (1, 1, 3, 3), (1, 6, 1, 1)), (5, 1)),
+    SeKronSpec(((4, 1, 1, 1), (1, 1, 3, 2), (1, 6, 1, 1)), (2, 3)),
+    SeKronSpec(((2, 3, 1, 2), (1, 2, 2, 1), (3, 1, 1, 2)), (2, 2)),
+    SeKronSpec(((1, 6, 1, 1), (1, 1, 2, 3), (4, 1, 1, 1)), (3, 2)),
+    SeKronSpec(((2, 1, 2, 1), (1, 3, 1, 2), (2, 1, 1, 1), (1, 2, 1, 2)), (2, 1, 2)),
+    SeKronSpec(((2, 2, 1, 3), (1, 1, 2, 1), (2, 1, 2, 1), (1, 2, 1, 1)), (2, 2, 2)),
+)
+CONV_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"padding": 1},
+    {"stride": 2, "padding": 1},
+    {"stride": (1, 3), "padding": (2, 1)},
+    {"stride": (2, 1), "dilation": 2, "padding": (1, 3)},
+    {"dilation": (1, 2), "padding": "valid"},
+    {"padding": "same"},
+    {"dilation": (2, 1), "padding": "same", "padding_mode": "zeros"},
+    {"padding": "same", "padding_mode": "reflect"},
+    {"padding": (1, 2), "padding_mode": "reflect", "stride": 2},
+    {"padding": (2, 1), "padding_mode": "replicate", "dilation": (1, 2)},
+    {"dilation": 2, "padding": "same", "padding_mode": "replicate"},
+    {"padding": 2, "padding_mode": "circular", "stride": (1, 2)},
+    {"padding": "same", "padding_mode": "circular"},
+)
+
+
+def conv_case(spec: SeKronSpec, options: dict[str, Any], *, bias: bool, size: tuple[int, int] = (9, 11)) -> Case:
+    return Case(spec, (2, spec.kernel_shape[1], *size), bias, options)
+
+
+class ConvCases:
+    def dense(self, case: Case) -> nn.Conv2d:
+        out_channels, in_channels, *extent = case.spec.kernel_shape
+        return nn.utils.skip_init(
+            nn.Conv2d, in_channels, out_channels, tuple(extent), bias=case.bias, dtype=torch.float64, **case.options
+        )
+
+    def create(self, case: Case) -> SeKronConv2d:
+        dense = self.dense(case)
+        geometry = conv_geometry(dense)
+        layer = SeKronConv2d(case.spec, geometry, bias=case.bias, padding_mode=dense.padding_mode, dtype=torch.float64)
+        randomise(layer)
+        return layer
+
+
+class TestConvGrid(ConvCases, LayerConformance):
+    CASES = tuple(
+        conv_case(spec, options, bias=(i + j) % 2 == 0)
+        for (i, spec), (j, options) in product(enumerate(CONV_SPECS), enumerate(CONV_OPTIONS))
+    )
+
+
+class TestConvLife(ConvCases, LayerLife):
+    CASES = tuple(
+        conv_case(spec, CONV_OPTIONS[options], bias=options % 2 == 0)
+        for spec, options in zip(CONV_SPECS, (0, 2, 3, 6, 9, 2, 4, 7, 2, 1, 12, 8, 5, 10), strict=True)
+    )
+
+    def test_unbatched_inputs(self, case):
+        layer = self.create(case)
+        data = draw(case.input_shape)
+        close(layer(data[0]), layer(data)[0], EXACT)
+
+    def test_channels_last(self, case):
+        layer, data = self.create(case), draw(case.input_shape)
+        expected = layer(data)
+        layer = layer.to(memory_format=torch.channels_last)
+        close(layer(data.to(memory_format=torch.channels_last)), expected, EXACT)
+
+    def test_inputs_that_are_views(self, case):
+        layer, data = self.create(case), draw(case.input_shape)
+        expected = layer(data)
+        close(layer(data.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)), expected, EXACT)
+        close(layer(torch.stack([data, data], 0)[1]), expected, EXACT)
+
+    def test_wrong_channels_are_refused(self, case):
+        with pytest.raises(RuntimeError, match=r"shape|size|channels"):
+            self.create(case)(draw((2, case.spec.kernel_shape[1] + 1, 9, 11)))
+
+
+class TestLinear(LayerLife):
+    CASES = tuple(
+        Case(spec, shape, bias)
+        for spec, shape, bias in (
+            (SeKronSpec(((6, 8),)), (3, 8), True),
+            (SeKronSpec(((6, 1), (1, 8)), (3,)), (3, 8), True),
+            (SeKronSpec(((1, 8), (6, 1)), (1,)), (3, 8), False),
+            (SeKronSpec(((2, 4), (3, 2)), (4,)), (3, 5, 8), True),
+            (SeKronSpec(((3, 2), (2, 4)), (4,)), (2, 3, 2, 8), False),
+            (SeKronSpec(((2, 2), (3, 2), (1, 2)), (2, 3)), (3, 8), True),
+            (SeKronSpec(((1, 2), (3, 2), (2, 2)), (2, 2)), (2, 3, 8), True),
+            (SeKronSpec(((3, 1), (2, 2), (1, 4)), (3, 2)), (3, 8), False),
+            (SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2)), (3, 2, 8), True),
+        )
+    )
+
+    def dense(self, case: Case) -> nn.Linear:
+        out_features, in_features = case.spec.kernel_shape
+        return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=case.bias, dtype=torch.float64)
+
+    def create(self, case: Case) -> SeKronLinear:
+        layer = SeKronLinear(case.spec, bias=case.bias, dtype=torch.float64)
+        randomise(layer)
+        return layer
+
+    def test_leading_dimensions(self, case):
+        layer = self.create(case)
+        rows = draw((12, 8))
+        expected = layer(rows)
+        for shape in ((3, 4), (2, 3, 2), (1, 12, 1), (12, 1)):
+            close(layer(rows.reshape(*shape, 8)), expected.reshape(*shape, 6), EXACT)
+        close(layer(rows[0]), expected[0], EXACT)
+        close(layer(rows.reshape(3, 4, 8).transpose(0, 1)), expected.reshape(3, 4, 6).transpose(0, 1), EXACT)
+
+
+@given(data=st.data(), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=60)
+def test_random_convolutions(data, seed, draw_spec, indexed_kernel):
+    spec = draw_spec(data.draw, entries=150)
+    extent = spec.kernel_shape[2:]
+    mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    dilation = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    spans = [d * (k - 1) for d, k in zip(dilation, extent, strict=True)]
+    size = tuple(span + 2 + data.draw(st.integers(0, 4)) for span in spans)  # enough for every padding mode
+    padding = tuple(data.draw(st.integers(0, n - 1)) for n in size)
+    if stride == (1, 1) and data.draw(st.booleans()):
+        padding = data.draw(st.sampled_from(["same", "valid"]))
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "padding_mode": mode}
+    cases = TestConvGrid()
+    case = conv_case(spec, options, bias=data.draw(st.booleans()), size=size)
+    layer = cases.create(case)
+    randomise(layer, seed)
+    inputs = draw(case.input_shape, seed)
+    expected = cases.dense_forward(case, layer, list(layer.factors), layer.bias, inputs, indexed_kernel)
+    close(layer(inputs), expected, EXACT)
+
+
+@given(data=st.data(), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=40)
+def test_random_linear_layers(data, seed, draw_spec, indexed_kernel):
+    spec = draw_spec(data.draw, modes=2)
+    cases = TestLinear()
+    leading = data.draw(st.lists(st.integers(1, 3), max_size=3))
+    case = Case(spec, (*leading, spec.kernel_shape[1]), data.draw(st.booleans()))
+    layer = cases.create(case)
+    randomise(layer, seed)
+    inputs = draw(case.input_shape, seed)
+    expected = cases.dense_forward(case, layer, list(layer.factors), layer.bias, inputs, indexed_kernel)
+    close(layer(inputs), expected, EXACT)
+
+
+def small_conv(**options: Any) -> nn.Conv2d:
+    conv = nn.utils.skip_init(nn.Conv2d, 4, 8, 3, **options)
+    randomise(conv)
+    return conv
+
+
+def test_the_call_of_the_readme():
+    conv = nn.utils.skip_init(nn.Conv2d, 64, 64, 3, padding=1, stride=2, dtype=torch.float64)
+    randomise(conv)
+    spec = SeKronSpec(factor_shapes=((32, 32, 1, 1), (2, 2, 3, 3)), ranks=(4,))
+    factors = decompose(conv.weight, spec)
+    kernel = reconstruct(factors, spec)
+    layer = SeKronConv2d.from_conv(conv, spec)
+    assert [tuple(factor.shape) for factor in factors] == [(4, 32, 32, 1, 1), (4, 2, 2, 3, 3)]
+    close(layer.kernel, kernel, EXACT)
+    data = draw((2, 64, 5, 6))
+    dense = layer.to_conv()
+    assert type(dense) is nn.Conv2d
+    close(dense.weight, kernel, EXACT)
+    close(dense(data), layer(data), EXACT)
+
+
+def test_one_factor_is_the_same_layer_to_the_bit():
+    conv = small_conv(padding=1)
+    layer = SeKronConv2d.from_conv(conv, SeKronSpec(((8, 4, 3, 3),)))
+    data = draw((2, 4, 6, 7), dtype=torch.float32)
+    assert torch.equal(layer(data), conv(data))
+    linear = nn.utils.skip_init(nn.Linear, 4, 8)
+    randomise(linear)
+    data = draw((2, 3, 4), dtype=torch.float32)
+    assert torch.equal(SeKronLinear.from_linear(linear, SeKronSpec(((8, 4),)))(data), linear(data))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "ranks"),
+    [
+        (((8, 1, 3, 1), (1, 4, 1, 3)), (4 * 3,)),
+        (((2, 2, 1, 1), (4, 2, 3, 3)), (2 * 2,)),
+        (((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1)), (8, 4)),
+    ],
+)
+def test_full_ranks_are_the_same_layer(shapes, ranks):
+    conv = small_conv(padding=1, dtype=torch.float64)
+    layer = SeKronConv2d.from_conv(conv, SeKronSpec(shapes, ranks))
+    data = draw((2, 4, 6, 7))
+    close(layer(data), conv(data), EXACT if len(ranks) == 1 else 1e-6)  # a joint fit stops near rounding
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_convolutions_are_refused(groups):
+    spec = SeKronSpec(((8, 1, 1, 1), (1, 4 // groups, 3, 3)), (1,))
+    with pytest.raises(SpecError, match=f"groups={groups} can't be factorised, only groups=1"):
+        SeKronConv2d.from_conv(small_conv(groups=groups), spec)
+
+
+def test_specs_of_other_kernels_are_refused():
+    with pytest.raises(SpecError, match="not to the kernel's shape"):
+        SeKronConv2d.from_conv(small_conv(), SeKronSpec(((4, 8, 3, 3),)))
+    with pytest.raises(SpecError, match="not to the kernel's shape"):
+        SeKronLinear.from_linear(nn.utils.skip_init(nn.Linear, 4, 8), SeKronSpec(((4, 8),)))
+    with pytest.raises(SpecError, match=r"a kernel of 4 modes, .* has 2"):
+        SeKronConv2d(SeKronSpec(((4, 8),)), Geometry((1, 1), (1, 1), ((0, 0), (0, 0))))
+    with pytest.raises(SpecError, match=r"a kernel of 2 modes, .* has 4"):
+        SeKronLinear(SeKronSpec(((4, 8, 3, 3),)))
+    with pytest.raises(SpecError, match=r"a kernel of 4 modes, .* has 3"):
+        SeKronConv2d.from_conv(nn.utils.skip_init(nn.Conv1d, 4, 8, 3), SeKronSpec(((8, 4, 3),)))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_padding_mode_is_kept_whatever_the_geometry_says(mode):
+    geometry = Geometry((1, 1), (1, 1), ((1, 1), (1, 1)))
+    layer = SeKronConv2d(SeKronSpec(((8, 4, 3, 3),)), geometry, padding_mode=mode)
+    randomise(layer)
+    conv = small_conv(padding=1, padding_mode=mode)
+    conv.load_state_dict({"weight": layer.kernel, "bias": layer.bias})
+    data = draw((1, 4, 6, 7), dtype=torch.float32)
+    close(layer(data), conv(data), ROUNDING[torch.float32])
+
+
+def test_uneven_padding_is_kept_whatever_the_geometry_says():
+    geometry = Geometry((2, 1), (1, 1), ((2, 0), (0, 1)))
+    layer = SeKronConv2d(SeKronSpec(((8, 4, 3, 3),)), geometry, dtype=torch.float64)
+    randomise(layer)
+    data = draw((1, 4, 6, 7))
+    padded = torch.zeros(1, 4, 2 + 6, 7 + 1, dtype=torch.float64)
+    padded[:, :, 2:, :7] = data
+    expected = nn.functional.conv2d(padded, layer.kernel, layer.bias, stride=(2, 1))
+    close(layer(data), expected, EXACT)
+    with pytest.raises(SpecError, match=r"padding \(\(2, 0\), \(0, 1\)\)"):
+        layer.to_conv()
+
+
+def test_training_mode_and_frozen_weights_are_taken_over():
+    spec = SeKronSpec(((8, 1, 1, 1), (1, 4, 3, 3)), (2,))
+    conv = small_conv().eval()
+    conv.weight.requires_grad_(False)
+    layer = SeKronConv2d.from_conv(conv, spec)
+    assert not layer.training
+    assert {n: p.requires_grad for n, p in layer.named_parameters()} == {
+        "bias": True,
+        "factors.0": False,
+        "factors.1": False,
+    }
+    assert torch.equal(layer.bias, conv.bias)
+    assert layer.bias.data_ptr() != conv.bias.data_ptr()
+    assert not layer.to_conv().training
+    conv.weight.requires_grad_(True)
+    assert all(p.requires_grad for p in SeKronConv2d.from_conv(conv, spec).parameters())
+
+
+def test_one_factor_does_not_share_memory_with_the_dense_layer():
+    conv = small_conv()
+    layer = SeKronConv2d.from_conv(conv, SeKronSpec(((8, 4, 3, 3),)))
+    with torch.no_grad():
+        layer.factors[0].zero_()
+    assert bool(conv.weight.all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_dtype_of_the_dense_layer_is_kept(dtype):
+    spec = SeKronSpec(((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1)), (2, 1))
+    layer = SeKronConv2d.from_conv(small_conv().to(dtype), spec)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert layer.to_conv().weight.dtype == dtype
+
+
+def test_no_stage_forms_the_kernel_of_a_linear_layer():
+    """Rank-one factors of a layer whose dense weight would take 32 GiB."""
+    n = 2**8
+    spec = SeKronSpec(((n, n), (n, n)), (1,))
+    layer = SeKronLinear(spec, bias=False)
+    with torch.no_grad():
+        for factor in layer.factors:
+            factor.copy_(torch.eye(n))
+    data = draw((1, n * n), dtype=torch.float32)
+    assert torch.equal(layer(data), data)
+    assert np.prod(spec.kernel_shape) == 2**32

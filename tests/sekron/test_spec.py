@@ -1,0 +1,105 @@
+"""`SeKronSpec`: what it refuses, and its counts."""
+
+import dataclasses
+import pickle
+from math import prod
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronsearch.errors import SpecError
+from kronsearch.sekron import SeKronSpec
+from kronsearch.sekron.shapes import Structure
+
+SPATIAL = ((16, 1, 3, 1), (1, 8, 1, 3))
+CP = ((16, 1, 1, 1), (1, 1, 3, 3), (1, 8, 1, 1))
+
+
+def test_counts_of_two_factors():
+    spec = SeKronSpec(SPATIAL, (5,))
+    assert spec.sequence_length == 2
+    assert spec.kernel_shape == (16, 8, 3, 3)
+    assert spec.tensor_shapes == ((5, 16, 1, 3, 1), (5, 1, 8, 1, 3))
+    assert spec.params == 5 * 16 * 3 + 5 * 8 * 3
+    assert spec.structure is Structure.SPATIAL
+
+
+def test_counts_of_three_factors():
+    spec = SeKronSpec(CP, (5, 2))
+    assert [spec.rank_shape(k) for k in range(3)] == [(5,), (5, 2), (5, 2)]
+    assert spec.params == 5 * 16 + 5 * 2 * 3 * 3 + 5 * 2 * 8
+
+
+def test_counts_of_four_factors():
+    spec = SeKronSpec(((2, 1), (3, 2), (1, 5), (2, 2)), (2, 3, 4))
+    assert spec.kernel_shape == (2 * 3 * 2, 2 * 5 * 2)
+    assert spec.params == 2 * 2 + 2 * 3 * 6 + 2 * 3 * 4 * 5 + 2 * 3 * 4 * 4
+
+
+def test_one_factor_is_the_dense_kernel():
+    spec = SeKronSpec(((16, 8, 3, 3),))
+    assert (spec.ranks, spec.tensor_shapes, spec.params) == ((), ((16, 8, 3, 3),), 16 * 8 * 3 * 3)
+
+
+def test_lists_become_tuples():
+    spec = SeKronSpec([[16, 1], [1, 8]], [3])
+    assert spec == SeKronSpec(((16, 1), (1, 8)), (3,))
+    assert hash(spec) == hash(SeKronSpec(((16, 1), (1, 8)), (3,)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "ranks", "message"),
+    [
+        ((), (), "one entry per mode"),
+        (((4,), (2,)), (1,), "two at least"),
+        (((4, 1, 3, 3), (1, 4)), (1,), "the same number in each"),
+        (((4, 0), (1, 4)), (1,), "positive whole numbers"),
+        (((4, -1), (1, 4)), (1,), "positive whole numbers"),
+        (((4, 1.0), (1, 4)), (1,), "positive whole numbers"),
+        (((4, True), (1, 4)), (1,), "positive whole numbers"),
+        (((4, 1), (1, 4)), (0,), "positive whole numbers"),
+        (((4, 1), (1, 4)), (2.0,), "positive whole numbers"),
+        (((4, 1), (1, 4)), (), r"2 factors take 1 ranks, got 0: \(\)"),
+        (((4, 4),), (1,), r"1 factors take 0 ranks, got 1: \(1,\)"),
+        (((4, 1), (1, 4)), (2, 2), "2 factors take 1 ranks, got 2"),
+        (((4, 1), (1, 6)), (5,), r"rank 5 of .* is above 4, where the sum is exact already"),
+        (((2, 1), (1, 2), (2, 1)), (3, 3), r"more terms than the kernel of .* has entries \(8\)"),
+    ],
+)
+def test_refused(shapes, ranks, message):
+    with pytest.raises(SpecError, match=message) as caught:
+        SeKronSpec(shapes, ranks)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_highest_rank_of_two_factors_is_allowed():
+    assert SeKronSpec(((4, 1), (1, 6)), (4,)).ranks == (4,)
+
+
+def test_a_kernel_of_another_shape_is_refused():
+    spec = SeKronSpec(SPATIAL, (2,))
+    spec.check_kernel([16, 8, 3, 3])
+    with pytest.raises(SpecError, match=r"multiply to \(16, 8, 3, 3\), not to the kernel's shape \(8, 16, 3, 3\)"):
+        spec.check_kernel((8, 16, 3, 3))
+
+
+def test_written_on_a_short_line():
+    assert str(SeKronSpec(SPATIAL, (5,))) == "16·1·3·1 ⊗ 1·8·1·3, R 5"
+    assert str(SeKronSpec(CP, (5, 2))) == "16·1·1·1 ⊗ 1·1·3·3 ⊗ 1·8·1·1, R 5,2"
+    assert str(SeKronSpec(((16, 8),))) == "16·8"
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_random_specs(data, draw_spec):
+    spec = draw_spec(data.draw, modes=data.draw(st.integers(2, 5)))
+    assert prod(spec.kernel_shape) == prod(prod(shape) for shape in spec.factor_shapes)
+    params, terms = 0, 1
+    for k, shape in enumerate(spec.factor_shapes):
+        terms *= spec.ranks[k] if k < len(spec.ranks) else 1
+        params += terms * prod(shape)
+    assert spec.params == params
+    assert pickle.loads(pickle.dumps(spec)) == dataclasses.replace(spec) == spec  # noqa: S301  # our own bytes
+    with pytest.raises(SpecError, match="ranks, got"):
+        dataclasses.replace(spec, ranks=(*spec.ranks, 1))

@@ -1,0 +1,161 @@
+"""Error tables against decompositions and naive errors."""
+
+import random
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronsearch.sekron import Metric, Moments, SeKronSpec, cp_sequence, cp_table, decompose, factor_pairs, pair_table
+from kronsearch.sekron.tables import rank_grid
+
+KERNELS = [(16, 12, 3, 3), (12, 3, 5, 5), (10, 24), (16, 16, 1, 1), (8, 6, 1, 7)]
+
+
+def trained_like(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Draw a kernel whose unfoldings have decaying spectra, as those of trained layers: scaled modes, some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    kernel = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for mode, n in enumerate(shape):
+        mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        decay = 1 / torch.arange(1, n + 1, dtype=torch.float64) ** 0.7
+        kernel = torch.tensordot(kernel, mix * decay[:, None], dims=([mode], [0])).movedim(-1, mode)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return kernel / kernel.norm() + 0.1 * noise / noise.norm()
+
+
+@pytest.mark.parametrize("kernel_shape", KERNELS, ids=str)
+def test_random_entries_agree_with_the_decomposition(kernel_shape, indexed_kernel):
+    """Twenty entries of each of five kernels."""
+    chooser = random.Random(0)
+    kernel = trained_like(kernel_shape)
+    pairs = list(factor_pairs(kernel_shape))
+    for _ in range(20):
+        shapes = chooser.choice(pairs)
+        table = pair_table(kernel, shapes)
+        assert list(table.ranks) == list(range(1, min(map(prod, shapes)) + 1))
+        place = chooser.randrange(min(8, len(table.ranks)))
+        spec = SeKronSpec(shapes, (place + 1,))
+        rest = kernel - indexed_kernel(decompose(kernel, spec), shapes, spec.ranks)
+        naive = float(rest.square().sum() / kernel.square().sum())
+        assert float(table.errors[place]) == pytest.approx(naive, abs=1e-6 * max(naive, 1e-6))
+
+
+@pytest.mark.parametrize("kernel_shape", KERNELS, ids=str)
+def test_pair_tables_fall_to_zero(kernel_shape):
+    kernel = trained_like(kernel_shape)
+    for shapes in list(factor_pairs(kernel_shape))[:40]:
+        table = pair_table(kernel, shapes)
+        assert bool((np.diff(table.errors) <= 0).all())
+        assert 0 <= table.errors[-1] < 1e-14
+        assert table.errors[0] < 1
+        assert table.errors.dtype == np.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_kernel_on_a_gpu():
+    kernel = trained_like((16, 12, 3, 3))
+    shapes = ((16, 1, 3, 1), (1, 12, 1, 3))
+    np.testing.assert_allclose(pair_table(kernel.cuda(), shapes).errors, pair_table(kernel, shapes).errors, atol=1e-12)
+    cp = cp_sequence((16, 12, 3, 3))
+    found, expected = (cp_table(k, cp, 8, fits=3).errors for k in (kernel.cuda(), kernel))
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
+def test_two_pairs_by_hand():
+    """Two orthogonal Kronecker products of energies 9 and 4."""
+    shapes = ((2, 1), (1, 2))
+    table = pair_table(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), shapes)
+    np.testing.assert_allclose(table.errors, [4 / (9 + 4), 0], atol=1e-15)
+    assert list(table.rows()) == [((1,), pytest.approx(4 / 13)), ((2,), 0.0)]
+
+
+def test_a_kernel_of_zeros_has_no_errors():
+    assert pair_table(torch.zeros(4, 6), ((4, 1), (1, 6))).errors.tolist() == [0.0] * 4
+    table = cp_table(torch.zeros(4, 6, 3, 3), cp_sequence((4, 6, 3, 3)), 2, fits=2)
+    np.testing.assert_allclose(table.errors, [0.0] * 2, atol=1e-11)
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+@pytest.mark.parametrize("kernel_shape", [(12, 8, 3, 3), (8, 12, 1, 5)], ids=str)
+def test_cp_tables_fall_and_bound_longer_fits(kernel_shape, with_metric, generator):
+    kernel, shapes = trained_like(kernel_shape), cp_sequence(kernel_shape)
+    metric = None
+    if with_metric:
+        n = prod(kernel_shape[1:])
+        rows = torch.randn(4 * n, n, generator=generator, dtype=torch.float64)
+        metric = Metric(Moments(rows.T @ rows / len(rows)))
+    fitted_ranks = rank_grid(12, points=5)
+    table = cp_table(kernel, shapes, 12, fits=5, metric=metric)
+    assert set(fitted_ranks) <= set(table.ranks.tolist()) <= set(range(1, 13))
+    assert len(table.ranks) == len(table.errors) > len(fitted_ranks)
+    assert bool((np.diff(table.ranks) > 0).all())
+    assert bool((np.diff(table.errors) <= 0).all())
+    tensor = kernel.permute(0, 2, 3, 1).reshape(kernel_shape[0], -1, kernel_shape[1])
+    for (rank, one), error in table.rows():
+        assert one == 1
+        if metric is not None:
+            continue
+        spec = SeKronSpec(shapes, (rank, 1))
+        factors = decompose(kernel, spec)
+        fitted = float((kernel - _cp_kernel(factors, kernel_shape)).square().sum() / kernel.square().sum())
+        # the fit from scratch is longer, but another local optimum, and so is not always the lower one
+        assert 0.75 * error <= fitted <= 1.3 * error
+        for mode in range(3):  # a CP sum of R terms has rank R at most in every unfolding
+            values = np.linalg.svd(tensor.movedim(mode, 0).flatten(1).numpy(), compute_uv=False)
+            bound = np.square(values[rank:]).sum() / np.square(values).sum()
+            assert fitted >= bound * (1 - 1e-9)
+            assert error >= bound * (1 - 1e-5) - 1e-6 or rank not in fitted_ranks  # which are interpolated
+
+
+def _cp_kernel(factors, kernel_shape):
+    """Sum the terms of three factors by numpy's einsum, which the engine doesn't use."""
+    out_channels, extent, in_channels = (factor.reshape(len(factor), -1).numpy() for factor in factors)
+    kernel = np.einsum("rf,rk,rc->fck", out_channels, extent, in_channels)
+    return torch.from_numpy(kernel.reshape(kernel_shape))
+
+
+def test_a_cp_kernel_is_found_by_the_table():
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (8, 9, 6)]
+    kernel = torch.einsum("rf,rk,rc->fck", *parts).reshape(8, 6, 3, 3)
+    errors = dict(cp_table(kernel, cp_sequence((8, 6, 3, 3)), 4, fits=10).rows())
+    assert list(errors) == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert errors[2, 1] > 0.01
+    assert errors[4, 1] <= errors[3, 1] < 1e-4  # 30 sweeps in float32
+
+
+@pytest.mark.parametrize("highest", [1, 2, 5])
+@pytest.mark.parametrize("fits", [2, 3])
+def test_cp_tables_of_few_fits_have_an_error_for_every_rank(highest, fits):
+    table = cp_table(trained_like((12, 8, 3, 3)), cp_sequence((12, 8, 3, 3)), highest, fits=fits)
+    assert len(list(table.rows())) == len(table.ranks) == len(table.errors)
+    assert table.ranks[-1] == highest
+    assert bool((np.diff(table.errors) <= 0).all())
+
+
+@given(highest=st.integers(1, 5000), points=st.integers(2, 30))
+@settings(deadline=None)
+def test_rank_grid(highest, points):
+    grid = rank_grid(highest, points=points)
+    assert list(grid) == sorted(set(grid))
+    assert len(grid) <= points + 1
+    assert all(type(rank) is int for rank in grid)
+    assert grid[0] >= 1
+    assert grid[-1] == highest
+    lowest = max(1, highest / 64)
+    step = (highest / lowest) ** (1 / (points - 1))
+    for low, high in pairwise(rank for rank in grid if rank >= lowest - 0.5):  # each is rounded
+        assert high - 0.5 <= step * (low + 0.5) + 1e-9
+
+
+def test_rank_grids_by_hand():
+    assert rank_grid(64, points=7) == (1, 2, 4, 8, 16, 32, 64)
+    assert rank_grid(640, points=7)[-7:] == (10, 20, 40, 80, 160, 320, 640)
+    assert rank_grid(3, points=10) == (1, 2, 3)
+    assert rank_grid(1, points=4) == (1,)
+    assert rank_grid(0, points=4) == ()

@@ -1,0 +1,152 @@
+"""Budgets as users write them."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronsearch.budget import Amount, Budget, Limits, format_count, parse_amount
+from kronsearch.errors import BudgetError
+
+UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1G", 10**9),
+        ("1.5G", 15 * 10**8),
+        ("90k", 90 * 10**3),
+        ("90K", 90 * 10**3),
+        ("0.27M", 27 * 10**4),
+        ("2 T", 2 * 10**12),
+        (" 1000 ", 1000),
+        (1000, 1000),
+        ("1.9", Fraction(19, 10)),
+    ],
+)
+def test_absolute_amounts(written, value):
+    assert parse_amount(written, name="flops") == Amount(Fraction(value), relative=False)
+    assert parse_amount(written, name="flops").of(10**6) == int(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "dense", "count"),
+    [("50%", 1000, 500), ("33.3 %", 1000, 333), ("33.39%", 1000, 333), ("120%", 10, 12), ("29%", 100, 29)],
+)
+def test_relative_amounts_are_rounded_down_and_exact(written, dense, count):
+    amount = parse_amount(written, name="flops")
+    assert amount.relative
+    assert amount.of(dense) == count
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "G", "1GB", "1e9", "-1", "-5k", "+1", "1,5G", "1.G", ".5G", "1 000", "50%%", "5ms", "inf", "nan", "1g", "1\n2",
+     "١G", "1" * 16, -3, True],
+)  # fmt: skip
+def test_what_can_not_be_read_is_refused(written):
+    with pytest.raises(BudgetError, match=r"budget of params .* can't be read: write a number such as") as caught:
+        parse_amount(written, name="params")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["0", 0, "0.0G", "0%", "0.5", "0.9"])
+def test_nothing_is_refused(written):
+    with pytest.raises(BudgetError, match=r"budget of flops .* leaves nothing"):
+        parse_amount(written, name="flops")
+
+
+@given(
+    whole=st.integers(0, 10**15 - 1),
+    part=st.integers(0, 10**9 - 1),
+    unit=st.sampled_from(list(UNITS)),
+    gap=st.booleans(),
+)
+@settings(deadline=None)
+def test_random_amounts_are_exact(whole, part, unit, gap):
+    value = (whole + Fraction(part, 10**9)) * UNITS[unit]
+    written = f"{whole}.{part:09d}{' ' if gap else ''}{unit}"
+    if value < 1:
+        with pytest.raises(BudgetError, match="leaves nothing"):
+            parse_amount(written, name="flops")
+    else:
+        assert parse_amount(written, name="flops") == Amount(value, relative=False)
+
+
+@given(st.text(max_size=12))
+@settings(deadline=None, max_examples=100)
+def test_any_text_is_read_or_refused(text):
+    try:
+        value = parse_amount(text, name="flops").value
+    except BudgetError:
+        return
+    assert value > 0
+    assert text.strip()[0].isdecimal()
+
+
+@given(st.integers(1, 10**15 - 1))
+@settings(deadline=None)
+def test_ints_are_themselves(count):
+    assert parse_amount(count, name="params").of(5) == count
+
+
+def test_limits():
+    budget = Budget(flops="50%", params="90k")
+    assert budget.limits(dense_macs=1001, dense_params=10**5) == Limits(macs=500, params=90_000)
+    assert Budget(flops=700).limits(dense_macs=1001, dense_params=10**5) == Limits(macs=700, params=None)
+    assert Budget(params="1%").limits(dense_macs=1001, dense_params=10**5) == Limits(macs=None, params=1000)
+
+
+def test_one_bound_that_the_dense_model_keeps_is_no_error():
+    assert Budget(flops="1G", params="50%").limits(dense_macs=10, dense_params=10) == Limits(macs=10**9, params=5)
+
+
+@pytest.mark.parametrize(
+    ("flops", "params"), [("1G", None), (None, "100%"), ("100%", "100%"), (2000, "200%"), ("1k", None)]
+)
+def test_a_budget_that_the_dense_model_keeps_is_refused(flops, params):
+    with pytest.raises(BudgetError, match=r"kept by the dense model already \(1 k MACs, 500 params\)"):
+        Budget(flops=flops, params=params).limits(dense_macs=1000, dense_params=500)
+
+
+def test_no_bound_is_refused():
+    with pytest.raises(BudgetError, match="no budget given: pass --budget-flops"):
+        Budget()
+
+
+def test_a_bad_bound_is_refused_at_once():
+    with pytest.raises(BudgetError, match="budget of params 'many' can't be read"):
+        Budget(flops="1G", params="many")
+
+
+def test_written_as_the_user_did():
+    assert str(Budget(flops="50%", params="90k")) == "flops 50%, params 90k"
+    assert str(Budget(params=90_000)) == "params 90000"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (272_474, "272.5 k"),
+        (1_000_000, "1 M"),
+        (1_819_066_368, "1.819 G"),
+        (1_500_000_000_000, "1.5 T"),
+        (123_456_000_000_000, "123.5 T"),
+    ],
+)
+def test_counts_are_written_with_a_unit(count, text):
+    assert format_count(count) == text
+
+
+@given(st.integers(0, 10**15 - 1))
+@settings(deadline=None)
+def test_written_counts_are_near_and_can_be_read_again(count):
+    text = format_count(count)
+    if count >= 1:
+        assert abs(parse_amount(text, name="flops").value - count) <= Fraction(count, 1000)
+    assert "e" not in text

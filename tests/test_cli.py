@@ -1,0 +1,282 @@
+"""The command line by itself: options reach the library's one call, errors become a line and an exit code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from kronsearch import commands
+from kronsearch.budget import Budget
+from kronsearch.cli import app
+from kronsearch.config import Settings
+from kronsearch.errors import BudgetError
+from kronsearch.plan import save_plan
+from kronsearch.training.evaluate import Evaluation
+
+ROOT = Path(__file__).parent.parent
+
+
+def invoke(*args: str, code: int = 0):
+    result = CliRunner().invoke(app, list(args))
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def calls(monkeypatch, plan):
+    """Put doubles in the place of the library's calls that `run` makes, and return what they were called with."""
+    calls = SimpleNamespace(model=nn.Identity(), data=None, search=None, error=None)
+
+    def load_model(spec, *, weights=None, args=None):
+        calls.load_model = (spec, weights, args)
+        return calls.model
+
+    def load_data(spec, *, seed=0):
+        calls.load_data = (spec, seed)
+        calls.data = SimpleNamespace(task=SimpleNamespace(metric_name="accuracy"), input_shape=(1, 8, 8))
+        return calls.data
+
+    def search(*args, **options):
+        calls.search = (args, options)
+        if calls.error is not None:
+            raise calls.error
+        result = Evaluation(0.5, 1.0, None, 10) if calls.data is not None else None
+        return SimpleNamespace(plan=plan, dense=result, compressed=result, out=Path(options["out"]))
+
+    monkeypatch.setattr("kronsearch.models.loading.load_model", load_model)
+    monkeypatch.setattr("kronsearch.models.loading.default_input_shape", lambda spec, model: (3, 224, 224))
+    monkeypatch.setattr("kronsearch.training.sources.load_data", load_data)
+    double = ModuleType("kronsearch.search.run")
+    double.search = search  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kronsearch.search.run", double)
+    return calls
+
+
+RUN = ("run", "--model", "zoo:digits", "--budget-flops", "50%")
+
+
+def test_options_reach_the_search(calls):
+    result = invoke(
+        *("run", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
+        *("--input-shape", "1,8,8", "--budget-flops", "1G", "--budget-params", "20%", "--space", "spatial"),
+        *("--trials", "3", "--timeout", "2m", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
+        *("--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
+    )
+    assert calls.load_model == ("m:f", "w.pt", {"a": 1})
+    assert calls.load_data == ("digits", 5)
+    args, options = calls.search
+    watch = options.pop("watch")
+    assert args == (calls.model, calls.data)
+    assert watch.__name__ == "ignore"
+    assert options == {
+        "budget": Budget(flops="1G", params="20%"),
+        "trials": 3,
+        "timeout": 2 * 60.0,
+        "space": "spatial",
+        "storage": "sqlite:///x.db",
+        "study": "s",
+        "out": "there",
+        "input_shape": (1, 8, 8),
+        "device": "cpu",
+        "seed": 5,
+        "final_epochs": 0.5,
+        "model_spec": "m:f",
+        "model_args": {"a": 1},
+    }
+    assert "test accuracy" in result.stdout
+    assert "written to there:" in result.stdout
+    assert result.stderr == ""
+
+
+def test_what_is_not_given_has_its_default(calls):
+    invoke(*RUN)
+    args, options = calls.search
+    assert args == (calls.model, None)
+    for name in ("trials", "timeout", "space", "storage", "study", "out", "device", "seed", "final_epochs"):
+        assert options[name] == getattr(Settings(), name)
+    assert options["input_shape"] == (3, 224, 224)
+    assert options["watch"] is not None
+
+
+def test_the_data_know_the_input_shape_where_none_is_given(calls):
+    invoke(*RUN, "--data", "digits")
+    assert calls.search[1]["input_shape"] == (1, 8, 8)
+
+
+def test_help_tells_the_real_defaults():
+    shown = " ".join(invoke("run", "--help").stdout.split())
+    for name in ("trials", "out", "device", "seed", "space"):
+        assert re.search(rf"--{name} [^\]]*\[default: {getattr(Settings(), name)}\]", shown), name
+    assert f"[default: {Settings().final_epochs:g}]" in shown
+
+
+def test_the_file_fills_up_and_the_line_wins(calls):
+    Path("kronsearch.yaml").write_text("model: zoo:digits\nbudget-flops: 50%\ntrials: 4\nseed: 2\nquiet: true\n")
+    result = invoke("run", "--trials", "6")
+    assert calls.load_model[0] == "zoo:digits"
+    assert (calls.search[1]["trials"], calls.search[1]["seed"]) == (6, 2)
+    assert calls.search[1]["watch"].__name__ == "ignore"
+    assert result.stderr == ""
+
+
+def test_a_command_ignores_what_the_file_says_for_others(plan):
+    Path("kronsearch.yaml").write_text("trials: 4\nbudget-flops: 1G\n")
+    save_plan(plan, "plan.json")
+    assert "zoo:digits" in invoke("show", "plan.json").stdout
+
+
+@pytest.mark.parametrize("command", [("run",), ("profile",), ("show", "plan.json"), ("apply", "p", "--out", "o")])
+def test_a_malformed_file_is_one_line(command):
+    Path("kronsearch.yaml").write_text("trials: [\n")
+    result = invoke(*command, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: kronsearch.yaml, line 2: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("run", "--budget-flops", "1G"), "error: no --model given: pass --model SPEC"),
+        (("run", "--model", "zoo:digits"), "error: no budget given"),
+        (("run", "--model", "zoo:digits", "--budget-flops", "lots"), "error: a budget of flops 'lots'"),
+        (("run", "--model", "zoo:digits", "--budget-flops", "1G", "--timeout", "1d"), "error: --timeout 1d: write a"),
+        (("profile",), "error: no --model given"),
+        (("profile", "--model", "zoo:digit"), "error: "),
+        (("show", "none.json"), "error: can't read the plan none.json"),
+        (("apply", "none.json", "--model", "zoo:digits", "--out", "o"), "error: can't read the plan none.json"),
+        (("evaluate", "--data", "digits"), "error: no --model given"),
+        (("evaluate", "--model", "zoo:digits"), "error: no --data given"),
+        (("evaluate", "--model", "zoo:digits", "--data", "digit"), "error: "),
+        (("evaluate", "--model", "zoo:digits", "--data", "digits", "--split", "train"), "error: --split train: Input"),
+        (("evaluate", "--model", "zoo:digits", "--data", "digits", "--weights", "no.safetensors"), "error: "),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line_and_leaves_no_file(args, message):
+    result = invoke(*args, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [("run", "--trials", "x"), ("run", "--budget", "1G"), ("show",), ("nothing",)])
+def test_usage_errors_exit_with_two(args):
+    result = invoke(*args, code=2)
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+
+
+def test_an_error_of_the_library_is_one_line(calls):
+    calls.error = BudgetError("too\nsmall \x1b[31m")
+    result = invoke(*RUN, code=2)
+    assert result.stderr == "error: too small ?[31m\n"
+    assert "Traceback" in invoke(*RUN, "--debug", code=2).stderr
+
+
+def test_a_fault_of_the_program_is_one_line_with_a_hint(calls):
+    calls.error = IndexError("out of range")
+    result = invoke(*RUN, code=1)
+    assert result.stderr == "error: IndexError: out of range (run again with --debug for the traceback)\n"
+    result = invoke(*RUN, "--debug", code=1)
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: IndexError: out of range\n")
+
+
+def test_debug_may_stand_in_the_file(calls):
+    Path("kronsearch.yaml").write_text("debug: true\n")
+    calls.error = IndexError("out of range")
+    assert "Traceback" in invoke(*RUN, code=1).stderr
+
+
+def test_an_interrupted_search_tells_how_to_resume(calls):
+    calls.error = KeyboardInterrupt()
+    assert invoke(*RUN, code=130).stderr == "interrupted: the same line again resumes the study\n"
+
+
+def test_random_weights_are_warned_about_on_stderr(calls):
+    result = invoke("run", "--model", "torchvision:resnet18", "--budget-flops", "1G", "--quiet")
+    assert "warning: no --weights: those of torchvision:resnet18 are random" in result.stderr
+    assert "warning" not in result.stdout
+    assert invoke(*RUN, "--quiet").stderr == ""
+    assert invoke(*RUN, "--quiet", "--weights", "w.pt", "--model", "torchvision:resnet18").stderr == ""
+
+
+def test_cuda_where_there_is_none_is_one_line(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert invoke(*RUN, "--device", "cuda", code=2).stderr.startswith("error: --device cuda: there is no CUDA device")
+
+
+def test_a_model_of_unknown_input_asks_for_it(calls, monkeypatch):
+    monkeypatch.setattr("kronsearch.models.loading.default_input_shape", lambda spec, model: None)
+    assert "pass --input-shape" in invoke(*RUN, code=2).stderr
+
+
+@pytest.mark.parametrize(("given", "seed"), [((), 3), (("--seed", "8"), 8)])
+def test_apply_splits_the_data_by_the_plans_seed_unless_another_is_given(calls, plan, monkeypatch, given, seed):
+    save_plan(plan, "plan.json")
+    made = []
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda *args, **options: made.append((args, options)))
+    monkeypatch.setattr("kronsearch.models.apply.save_compressed", lambda *args: made.append(args))
+    result = invoke(
+        *("apply", "plan.json", "--model", "zoo:digits", "--data", "digits", "--out", "small.safetensors"), *given
+    )
+    assert calls.load_data == ("digits", seed)
+    assert made == [((calls.model, plan, calls.data), {"device": "cpu"}), (None, plan, Path("small.safetensors"))]
+    assert "written to small.safetensors" in result.stdout
+
+
+def test_the_arguments_of_a_plan_are_not_obeyed(calls, plan, monkeypatch):
+    """A plan may come from anyone; a model's arguments can name files and addresses."""
+    save_plan(plan, "plan.json")
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda *args, **options: None)
+    monkeypatch.setattr("kronsearch.models.apply.save_compressed", lambda *args: None)
+    invoke("apply", "plan.json", "--model", "zoo:digits", "--out", "small.safetensors")
+    assert plan.model.args
+    assert calls.load_model == ("zoo:digits", None, {})
+
+
+def test_the_files_out_is_not_the_one_of_apply(plan):
+    Path("kronsearch.yaml").write_text("out: folder\n")
+    save_plan(plan, "plan.json")
+    assert "--out" in invoke("apply", "plan.json", "--model", "zoo:digits", code=2).stderr
+
+
+def test_the_program_runs_as_a_module_and_through_a_closed_pipe(plan, tmp_path):
+    save_plan(plan, "plan.json")
+    line = f"{sys.executable} -c 'from kronsearch.cli import main; main()' show plan.json | head -n 1"
+    shell = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=True, env=env())
+    assert shell.stdout.count("\n") == 1
+    assert "Traceback" not in shell.stderr
+
+
+def test_a_terminal_that_has_no_sign_for_it_gets_another(plan, tmp_path):
+    save_plan(plan, "plan.json")
+    shell = subprocess.run(
+        [sys.executable, "-c", "from kronsearch.cli import main; main()", "show", "plan.json"],
+        capture_output=True,
+        cwd=tmp_path,
+        check=True,
+        env=env() | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert b"8?1?3?1 ? 1?4?1?3, R 2" in shell.stdout
+
+
+def env() -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+
+
+def test_each_command_has_a_help():
+    for name in commands.__all__:
+        assert f" {name} [OPTIONS]" in invoke(name, "--help").stdout

@@ -1,0 +1,257 @@
+"""The command line as a user runs it: a process, the digits network and its data, and the files that stay."""
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronsearch.cli import app
+from kronsearch.plan import load_plan
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = (sys.executable, "-c", "from kronsearch.cli import main; main()")
+MODEL = ("--model", "zoo:digits")
+RUN = ("run", *MODEL, "--data", "digits", "--budget-flops", "50%", "--final-epochs", "0.2")
+PATIENCE = 120  # seconds for anything; a search of two trials takes about ten
+ENDED = ("COMPLETE", "PRUNED")
+
+
+def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start the command line as a process of its own."""
+    # a network this small gains nothing by more threads, and where the cores are busy they wait for each other
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        (*PROGRAM, *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Wait for a process to end well and return what it wrote to stdout and stderr."""
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def kronsearch(*args: str, cwd: Path, code: int = 0) -> tuple[str, str]:
+    """Run the command line in this process, to spare time, and return what it wrote to stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        result = CliRunner().invoke(app, args)
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def refused(*args: str, cwd: Path) -> str:
+    """Run what must be refused in one line without a result, and return the line."""
+    out, err = kronsearch(*args, cwd=cwd, code=2)
+    assert out == ""
+    [line] = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert line.startswith("error: ")
+    return line
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def trials_of(study: Path, *states: str) -> set[int]:
+    """Return the numbers of a study's trials in these states."""
+    if not study.exists():
+        return set()
+    with closing(sqlite3.connect(f"file:{study}?mode=ro", uri=True, timeout=10)) as connection:
+        try:
+            rows = connection.execute("SELECT number, state FROM trials").fetchall()
+        except sqlite3.OperationalError:  # the tables are not there yet
+            return set()
+    return {number for number, state in rows if state in states}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Return a folder in which a search of two trials has run to its end, with what it wrote kept in two files."""
+    folder = tmp_path_factory.mktemp("finished")
+    out, err = finish(start(*RUN, "--trials", "2", "--out", "found", cwd=folder))
+    (folder / "stdout").write_text(out)
+    (folder / "stderr").write_text(err)
+    return folder
+
+
+def test_a_search_ends_with_a_table_and_its_files(finished):
+    plan = load_plan(finished / "found/plan.json")
+    assert plan.budget.max_macs is not None
+    assert plan.compressed.macs <= plan.budget.max_macs <= plan.dense.macs / 2
+    out = (finished / "stdout").read_text()
+    for words in (
+        "flops (MACs, as fvcore counts)",
+        "params",
+        "test accuracy",
+        "% used",
+        "proven gap",
+        "written to found",
+    ):
+        assert words in out
+    assert {"plan.json", "compressed.safetensors", "study.db", "trials.csv"} <= names_in(finished / "found")
+
+
+def test_progress_is_plain_lines_on_stderr_with_the_budget(finished):
+    err = (finished / "stderr").read_text()
+    assert "\x1b" not in err
+    assert "\r" not in err
+    trials = [line for line in err.splitlines() if line.startswith("trials 2/2")]
+    assert trials
+    assert all("best " in line and "MACs " in line for line in trials)
+    assert "[I 2" not in err  # the study's own log
+
+
+def test_the_plan_is_shown(finished):
+    out, err = kronsearch("show", "found/plan.json", cwd=finished)
+    plan = load_plan(finished / "found/plan.json")
+    assert err == ""
+    assert all(name in out for name in plan.layers)
+    assert all(str(spec) in out for spec in plan.replaced.values())
+
+
+def test_the_compressed_network_is_evaluated_as_the_search_did(finished):
+    out, _ = kronsearch(
+        *("evaluate", *MODEL, "--weights", "found/compressed.safetensors", "--data", "digits"), cwd=finished
+    )
+    [line] = [line for line in out.splitlines() if "accuracy" in line and "│" in line]
+    [told] = [line for line in (finished / "stdout").read_text().splitlines() if "test accuracy" in line]
+    assert line.split("│")[2].strip() == told.split("│")[3].strip()
+
+
+def test_a_plan_is_applied_and_evaluated_two_ways_alike(finished):
+    plan = ("found/plan.json", *MODEL, "--data", "digits")
+    applied, err = kronsearch("apply", *plan, "--out", "small.safetensors", cwd=finished)
+    assert "written to small.safetensors" in applied
+    assert err == ""
+    on_the_fly, _ = kronsearch("evaluate", *plan, cwd=finished)
+    from_the_file, _ = kronsearch(
+        *("evaluate", *MODEL, "--weights", "small.safetensors", "--data", "digits"), cwd=finished
+    )
+    assert on_the_fly == from_the_file
+
+
+def test_a_finished_search_gives_the_same_again(finished):
+    out, _ = kronsearch(*RUN, "--trials", "2", "--out", "found", "--quiet", cwd=finished)
+    assert out == (finished / "stdout").read_text()
+
+
+def test_a_study_of_another_budget_is_refused(finished):
+    before = {path.name: path.stat().st_mtime_ns for path in (finished / "found").iterdir()}
+    line = refused(
+        *("run", *MODEL, "--data", "digits", "--budget-flops", "40%", "--trials", "2", "--out", "found"), cwd=finished
+    )
+    assert "budget" in line
+    assert {path.name: path.stat().st_mtime_ns for path in (finished / "found").iterdir()} == before
+
+
+def test_killed_in_a_trial_the_same_line_ends_the_search(tmp_path):
+    line = ("run", *MODEL, "--data", "digits", "--budget-flops", "1M", "--final-epochs", "0.2", "--trials", "2")
+    line = (*line, "--out", "found")
+    study = tmp_path / "found/study.db"
+    process = start(*line, cwd=tmp_path)
+    began = time.monotonic()
+    try:
+        while not (trials_of(study, *ENDED) and trials_of(study, "RUNNING")):
+            assert process.poll() is None
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    survivors = trials_of(study, *ENDED)
+    assert survivors == {0}
+    assert trials_of(study, "RUNNING") == {1}
+    assert "plan.json" not in names_in(tmp_path / "found")
+    _, err = kronsearch(*line, cwd=tmp_path)
+    assert re.search(r"^trials 2/2: best 0\.\d+, MACs [\d.]+ k of 1 M \(9\d\.\d%\)", err, re.MULTILINE)
+    assert "trials 1/2" not in err  # it is not done again
+    assert trials_of(study, *ENDED) == {0, 2}
+    assert trials_of(study, "FAIL") == {1}
+    assert load_plan(tmp_path / "found/plan.json").provenance.trial in (0, 2)
+
+
+def test_without_data_the_plan_rests_on_the_weights(tmp_path):
+    out, _ = kronsearch("run", *MODEL, "--budget-params", "50%", "--trials", "2", "--quiet", cwd=tmp_path)
+    assert "predicted error" in out
+    assert "accuracy" not in out
+    plan = load_plan(tmp_path / "kronsearch-out/plan.json")
+    assert plan.compressed.params <= plan.dense.params / 2
+    assert plan.decomposition.calibration_images == 0
+
+
+def test_a_profile_tells_the_smallest_reachable_cost(tmp_path):
+    out, err = kronsearch("profile", *MODEL, cwd=tmp_path)
+    assert "smallest reachable" in out
+    assert "can be replaced" in out
+    assert err == ""
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--budget-flops", "10"), "10"),  # below what can be reached
+        (("--budget-params", "10"), "10"),
+        (("--budget-flops", "1T"), "kept by the dense model already"),
+        (("--budget-flops", "100%"), "kept by the dense model already"),
+    ],
+)
+def test_a_budget_that_can_not_be_is_refused(args, words, tmp_path):
+    assert words in refused("run", *MODEL, "--data", "digits", *args, cwd=tmp_path)
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--model", "zoo:digitz"), "digits"),
+        (("--model", "digits"), "zoo:"),
+        ((*MODEL, "--data", "digitz"), "digitz"),
+        ((*MODEL, "--weights", "none.pth"), "none.pth"),
+        ((*MODEL, "--space", "none"), "none"),
+        ((*MODEL, "--model-args", '{"no_such": 1}'), "no_such"),
+        ((*MODEL, "--input-shape", "3,8,8"), "3, 8, 8"),
+    ],
+)
+def test_what_is_not_there_is_refused(args, words, tmp_path):
+    assert words in refused("run", *args, "--budget-flops", "50%", cwd=tmp_path)
+    assert names_in(tmp_path) == set()
+
+
+def test_a_malformed_space_or_file_of_options_is_refused(tmp_path):
+    (tmp_path / "space.yaml").write_text("structures: [spatial\n")
+    assert "line 2" in refused("run", *MODEL, "--budget-flops", "50%", "--space", "space.yaml", cwd=tmp_path)
+    (tmp_path / "space.yaml").unlink()
+    (tmp_path / "kronsearch.yaml").write_text("model: zoo:digits\nbudget-flops: [\n")
+    assert "kronsearch.yaml, line 3" in refused("run", cwd=tmp_path)
+    assert names_in(tmp_path) == {"kronsearch.yaml"}
+
+
+def test_a_plan_of_another_schema_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"schema_version": 99}))
+    for args in (
+        ("show", "plan.json"),
+        ("apply", "plan.json", *MODEL, "--out", "small.safetensors"),
+        ("evaluate", "plan.json", *MODEL, "--data", "digits"),
+    ):
+        line = refused(*args, cwd=tmp_path)
+        assert "schema_version 99" in line
+        assert "reads 1" in line
+    assert names_in(tmp_path) == {"plan.json"}
+
+
+def test_a_plan_for_another_network_is_refused(finished, tmp_path):
+    plan = str(finished / "found/plan.json")
+    line = refused("apply", plan, "--model", "zoo:cifar_resnet20", "--out", "small.safetensors", cwd=tmp_path)
+    assert "zoo:digits" in line
+    assert names_in(tmp_path) == set()

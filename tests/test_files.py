@@ -1,0 +1,63 @@
+"""Files that are whole or not there."""
+
+import os
+import stat
+import sys
+
+import pytest
+
+from kronsearch.files import replacing, write_text
+
+
+def test_a_text_is_written_and_replaced(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_text(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    write_text(path, "")
+    assert path.read_bytes() == b""
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError, match="division"), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the n")
+        assert temporary.parent == path.parent
+        assert path.read_text() == "old"
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_text_that_can_not_be_encoded_leaves_nothing(tmp_path):
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        write_text(tmp_path / "file.txt", "\ud800")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_text(tmp_path / "folder", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_target_appears_only_at_the_end(tmp_path):
+    path = tmp_path / "file.bin"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "file.txt", "text")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o666 & ~umask

@@ -1,0 +1,69 @@
+"""The README says nothing that the command line doesn't know."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kronsearch.cli import app
+from kronsearch.search.space import load_space
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [
+    line
+    for language, block in BLOCKS
+    if language in ("bash", "sh")
+    for line in block.splitlines()
+    if line.startswith("kronsearch ")
+]
+
+
+def options_of(command: str) -> set[str]:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0, result.output
+    return set(re.findall(r"^  (--[a-z-]+)", result.output, re.MULTILINE)) - {"--help"}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_line_uses_options_that_there_are(line):
+    _, command, *words = shlex.split(line)
+    assert {word for word in words if word.startswith("--")} <= options_of(command)
+
+
+def test_the_table_of_options_is_complete():
+    section = README.split("### run")[1].split("### profile")[0]
+    assert set(re.findall(r"`(--[a-z-]+)", section)) == options_of("run")
+
+
+def test_the_first_two_blocks_are_the_first_run_and_the_tests():
+    first, second = (block.splitlines() for language, block in BLOCKS if language == "bash")
+    assert first[0] == "pip install ."
+    assert first[1].startswith("kronsearch run ")
+    assert second == ["pip install -e '.[dev]'", "pytest"]
+
+
+def test_the_search_spaces_that_are_named_are_there():
+    section = README.split("## Search spaces")[1].split("## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert named == ["default", "gkpd", "cp"]
+    for name in named:
+        load_space(name)
+
+
+def test_the_files_of_options_and_spaces_are_read(tmp_path):
+    from kronsearch.config import read_settings
+
+    options, space = (block for language, block in BLOCKS if language == "yaml")
+    (tmp_path / "kronsearch.yaml").write_text(options)
+    assert read_settings(tmp_path / "kronsearch.yaml").trials == 40
+    (tmp_path / "space.yaml").write_text(space)
+    assert load_space(tmp_path / "space.yaml").keep_dense == ("conv1", "fc")
+
+
+def test_the_python_is_python():
+    for language, block in BLOCKS:
+        if language == "python":
+            compile(block, "README.md", "exec")

@@ -1,0 +1,133 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from kronsearch.models.profile import LayerCost, ModelCost
+from kronsearch.plan import LayerPlan, PlanBudget, Provenance, fingerprint
+from kronsearch.report import FLOPS, comparison, console_for, evaluation, one_line, plan_report, profile_report
+from kronsearch.training.evaluate import Evaluation
+
+
+def printed(renderable) -> str:
+    stream = io.StringIO()
+    console_for(stream).print(renderable)
+    return stream.getvalue()
+
+
+def row(text: str, first: str) -> list[str]:
+    """Return the cells of the table row that begins with a cell."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    return next(cells for cells in rows if cells and cells[0] == first)
+
+
+def test_the_comparison_holds_cost_metric_budget_and_gap(plan):
+    dense, compressed = Evaluation(0.99, 0.1, None, 360), Evaluation(0.9775, 0.2, None, 360)
+    text = printed(comparison(plan, dense=dense, compressed=compressed, metric="accuracy"))
+    assert row(text, FLOPS) == [FLOPS, "20 k", "9 k", f"{20 / 9:.2f}× fewer"]
+    assert row(text, "params")[1:3] == [str(8 * 4 * 3 * 3 + 10 * 8), str(2 * (8 * 3 + 4 * 3) + 10 * 8)]
+    assert row(text, "test accuracy") == ["test accuracy", "0.9900", "0.9775", "-0.0125"]
+    assert "predicted error" not in text
+    assert f"budget of {FLOPS}: 50% (10 k), 90.00% used" in text
+    assert "proven gap: at most 0.01% above" in text
+
+
+def test_without_data_the_comparison_tells_the_predicted_error(plan):
+    text = printed(comparison(plan))
+    assert row(text, "predicted error") == ["predicted error", "0", "0.125", ""]
+
+
+def test_more_is_called_more(plan):
+    text = printed(comparison(plan.model_copy(update={"dense": plan.compressed, "compressed": plan.dense})))
+    assert row(text, FLOPS)[3] == f"{20 / 9:.2f}× more"
+
+
+def test_both_budgets_are_told(plan):
+    budget = PlanBudget(flops="50%", params="200", max_macs=10_000, max_params=200)
+    used = plan.compressed.params / 200
+    assert f"budget of params: 200 (200), {used:.2%} used" in printed(
+        comparison(plan.model_copy(update={"budget": budget}))
+    )
+
+
+def test_a_plan_is_shown_whole(plan):
+    text = printed(plan_report(plan))
+    assert row(text, "conv") == ["conv", "8×4×3×3", "8·1·3·1 ⊗ 1·4·1·3, R 2", "0.0625"]
+    assert row(text, "head") == ["head", "10×8", "dense: no candidate costs less", ""]
+    for fact in (
+        "predicted error: 0.125",
+        "score of its trial: accuracy 0.9765, n 144",
+        """model: zoo:digits with --model-args '{"width": 8}', input 4×8×8, 1 of 2 layers replaced""",
+        "decomposition: data-aware, 256 images, batch norms re-estimated on 512 images, seed 3",
+        "provenance: trial 7 of study digits, seed 3, kronsearch 0.1.0",
+    ):
+        assert fact in text
+
+
+def test_what_a_plan_may_lack_is_not_told(plan):
+    bare = plan.model_copy(
+        update={
+            "model": plan.model.model_copy(update={"spec": None, "args": {}}),
+            "score": None,
+            "provenance": Provenance(versions={}, seed=0),
+        }
+    )
+    text = printed(plan_report(bare))
+    assert "score" not in text
+    assert "gap" not in text
+    assert "model: not named, input" in text
+    assert "provenance: no study, seed 0\n" in text
+
+
+def test_a_hostile_plan_writes_no_escape_codes_and_no_markup(plan):
+    layers = {"[red]\x1b[31mconv\n": plan.layers["conv"], "head": LayerPlan(kernel_shape=(8, 8), dense="\x1b]0;x\x07")}
+    hostile = plan.model_copy(
+        update={
+            "layers": layers,
+            "model": plan.model.model_copy(
+                update={"spec": "\x1b[2J", "args": {"\u202e": "\x1b"}, "fingerprint": fingerprint(layers)}
+            ),
+            "budget": PlanBudget(flops="\x1b[2J", max_macs=10_000),
+        }
+    )
+    text = printed(plan_report(hostile))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\u202e" not in text
+    assert "[red]?[31mconv" in text
+
+
+def test_a_profile_tells_what_can_be_replaced_and_what_can_be_reached():
+    layers = (
+        LayerCost("", "Net", None, 0, 1, (), "not a convolution or linear layer"),
+        LayerCost("conv", "Conv2d", (8, 4, 3, 3), 8 * 4 * 3 * 3 * 64, 8 * 4 * 3 * 3, ((8, 8),), None),
+    )
+    cost = ModelCost(sum(layer.macs for layer in layers), sum(layer.params for layer in layers), layers, (4, 8, 8))
+    text = printed(profile_report(cost, smallest=(1_152, 100)))
+    assert row(text, "conv") == ["conv", "Conv2d", "8×4×3×3", "18.43 k", str(8 * 4 * 3 * 3), "yes"]
+    assert row(text, "(the model itself)")[-1] == "no: not a convolution or linear layer"
+    assert row(text, FLOPS) == [FLOPS, "18.43 k", "1.152 k", f"{8 * 4 * 9 * 64 / 1152:.2f}× fewer"]
+    assert "input 4×8×8." in text
+
+
+def test_an_evaluation_is_told():
+    text = printed(evaluation(Evaluation(0.5, 0.25, None, 12), metric="accuracy", split="val"))
+    assert row(text, "accuracy") == ["accuracy", "0.5000"]
+    assert row(text, "loss") == ["loss", "0.2500"]
+    assert row(text, "examples") == ["examples", "12"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("a\nb\t c ", "a b c"), ("\x1b[31m", "?[31m"), ("é ⊗ ×", "é ⊗ ×"), (ValueError("x\r\ny"), "x y")]
+)
+def test_one_line(text, line):
+    assert one_line(text) == line
+
+
+def test_a_terminal_keeps_its_width():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert console_for(Terminal()).width == Console(file=Terminal()).width
+    assert console_for(io.StringIO()).width > 120

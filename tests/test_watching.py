@@ -1,0 +1,105 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from kronsearch.budget import Budget
+from kronsearch.report import console_for
+from kronsearch.search.progress import Progress
+from kronsearch.watching import SearchView
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    return io.StringIO()
+
+
+def view(stream: io.StringIO, clock: Clock, budget: Budget | None = None, timeout: float | None = None) -> SearchView:
+    return SearchView(console_for(stream), budget or Budget(flops="1k"), timeout=timeout, clock=clock)
+
+
+def test_without_a_terminal_a_line_for_each_phase_and_each_trial(stream, clock):
+    with view(stream, clock) as watch:
+        watch(Progress(phase="profile", done=0, total=1))
+        watch(Progress(phase="tables", done=0, total=31))
+        watch(Progress(phase="tables", done=1, total=31, message="conv1"))
+        watch(Progress(phase="tables", done=31, total=31))
+        watch(Progress(phase="trials", done=0, total=2, message="started"))
+        clock.now = 5
+        watch(Progress(phase="trials", done=1, total=2))
+        watch(Progress(phase="trials", done=2, total=2, message="done"))
+        watch(Progress(phase="test", done=0, total=1))
+    assert stream.getvalue().splitlines() == [
+        "error tables of layers 0/31",
+        "trials 0/2: started",
+        "trials 1/2: 5s left",
+        "trials 2/2: done",
+        "reading the test split",
+    ]
+
+
+def test_a_line_tells_best_budget_and_time_left(stream, clock):
+    watch = view(stream, clock)
+    watch(Progress(phase="trials", done=7, total=20))
+    clock.now = 60
+    watch(Progress(phase="trials", done=9, total=20, best=0.98, macs=900, params=55, message="done"))
+    # two trials in 60 seconds: eleven more take 330
+    assert stream.getvalue().splitlines()[1] == (
+        "trials 9/20: best 0.9800, MACs 900 of 1 k (90.0%), params 55, 5m30s left, done"
+    )
+
+
+def test_a_timeout_cuts_the_time_left(stream, clock):
+    watch = view(stream, clock, timeout=90)
+    watch(Progress(phase="trials", done=0, total=20))
+    clock.now = 60
+    watch(Progress(phase="trials", done=1, total=20))
+    assert "30s left" in stream.getvalue()
+
+
+def test_hours_left(stream, clock):
+    watch = view(stream, clock)
+    watch(Progress(phase="trials", done=0, total=3))
+    clock.now = 3600 + 90
+    watch(Progress(phase="trials", done=1, total=3))
+    assert "2h03m left" in stream.getvalue()
+
+
+def test_a_relative_budget_is_told_once_the_dense_cost_is_known(stream, clock):
+    watch = view(stream, clock, Budget(params="50%"))
+    watch(Progress(phase="trials", done=0, total=2, params=40))
+    watch(Progress(phase="profile", done=1, total=1, macs=1000, params=100))
+    watch(Progress(phase="trials", done=1, total=2, params=40))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "trials 0/2: params 40"
+    assert lines[1] == "trials 1/2: params 40 of 50 (80.0%)"
+
+
+def test_messages_write_no_escape_codes(stream, clock):
+    with view(stream, clock) as watch:
+        watch(Progress(phase="trials", done=1, total=2, message="\x1b[31m\nred [bold]"))
+    assert stream.getvalue() == "trials 1/2: ?[31m red [bold]\n"
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(stream, clock):
+    console = Console(file=stream, force_terminal=True, width=120, markup=False)
+    with SearchView(console, Budget(flops="1k"), clock=clock) as watch:
+        watch(Progress(phase="profile", done=0, total=1))
+        watch(Progress(phase="trials", done=1, total=2, best=0.5, message="[bold]"))
+    text = stream.getvalue()
+    assert "trials" in text
+    assert "best 0.5000, [bold]" in text
+    assert text.endswith("\x1b[2K")  # the line is erased at the end
