@@ -212,7 +212,7 @@ def test_a_huge_file_is_not_read(tmp_path):
 def test_dense_layers_are_no_part_of_the_fingerprint(plan):
     other_head = plan.layers | {"head": LayerPlan(kernel_shape=(100, 8), dense="other")}
     assert fingerprint(other_head) == fingerprint(plan.layers) == plan.model.fingerprint
-    two = {name: plan.layers["conv"] for name in ("b", "a")}
+    two = dict.fromkeys(("b", "a"), plan.layers["conv"])
     assert fingerprint(two) == fingerprint(dict(reversed(two.items())))
     wider = LayerPlan(kernel_shape=(16, 4, 3, 3), spec=SeKronSpec(((16, 4, 3, 3),)))
     assert fingerprint(plan.layers | {"conv": wider}) != plan.model.fingerprint
