@@ -1,6 +1,7 @@
-"""What the tests of the command line share."""
+"""What the tests share."""
 
 import pytest
+from hypothesis import settings
 
 from kronsearch.plan import (
     Cost,
@@ -14,6 +15,10 @@ from kronsearch.plan import (
     fingerprint,
 )
 from kronsearch.sekron.spec import SeKronSpec
+
+# The same examples each time, and no deadline: a busy machine is no error.
+settings.register_profile("kronsearch", derandomize=True, deadline=None)
+settings.load_profile("kronsearch")
 
 SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
 

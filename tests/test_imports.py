@@ -15,11 +15,12 @@ PACKAGE = ROOT / "kronsearch"
 FACADE = "kronsearch"  # the package itself: names for users, imported when they are first used
 CLI = ("cli", "commands", "config", "report", "watching")
 LINE = ("sekron", "training", "models", "search", "cli")  # each may import itself and what stands before it
-COMMON = ("errors", "files", "yamlfile", "budget", "plan")
+COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "plan")
 COMMON_MAY_IMPORT = {
     "errors": (),
     "files": (),
     "yamlfile": ("kronsearch.errors",),
+    "usercode": (),
     "budget": ("kronsearch.errors",),
     "plan": ("kronsearch.errors", "kronsearch.files", "kronsearch.sekron.spec"),
 }

@@ -1,7 +1,6 @@
 """Model specifications: `zoo:NAME`, `torchvision:NAME`, `timm:NAME` and `MODULE:CALLABLE`."""
 
 import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from kronsearch.models.zoo.cifar_resnet import (
     cifar_resnet110,
 )
 from kronsearch.models.zoo.digits import DIGITS_WEIGHTS, digits
+from kronsearch.usercode import working_directory_importable
 
 __all__ = ["default_input_shape", "load_model"]
 
@@ -157,7 +157,7 @@ def _timm_builder(spec: str, name: str, download: str | None) -> Callable[..., A
 
 def _user_callable(spec: str, module_name: str, name: str) -> Callable[..., Any]:
     try:
-        with _working_directory_importable():
+        with working_directory_importable():
             found = getattr(importlib.import_module(module_name), name, None)
     except Exception as error:
         raise ModelError(f"can't import {module_name} for the model {spec}: {_one_line(error)}") from error
@@ -165,20 +165,10 @@ def _user_callable(spec: str, module_name: str, name: str) -> Callable[..., Any]
         raise ModelError(f"{module_name} has no callable {name!r}, which the model {spec} asks for")
 
     def build(**kwargs: Any) -> Any:
-        with _working_directory_importable():
+        with working_directory_importable():
             return found(**kwargs)
 
     return build
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 @contextmanager

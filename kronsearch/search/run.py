@@ -1,5 +1,6 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
+import copy
 import hashlib
 import time
 from collections.abc import Mapping
@@ -31,7 +32,6 @@ from kronsearch.sekron.metrics import Metric
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
-from kronsearch.training.precision import precision_for
 
 __all__ = ["SearchResult", "search"]
 
@@ -114,15 +114,16 @@ def search(
         raise StudyError(f"{trials} trials are asked for: ask for one at least")
     if final_epochs < 0:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
+    started = time.monotonic()
     run = _Run(model, data, budget, space, input_shape, device, seed, model_spec, dict(model_args or {}), watch)
     folder = None if out is None else Path(out)
-    if storage is None:
-        storage = "sqlite://" if folder is None else f"sqlite:///{folder / 'study.db'}"
+    if storage is None and folder is not None:
+        _make_folder(folder)
+        storage = f"sqlite:///{folder / 'study.db'}"
+    ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     if folder is not None:
         _make_folder(folder)
-    ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     run.prepare(None if len(ledger.finished()) < run.wanted(trials) else ledger.best())
-    started = time.monotonic()
     run.begin(ledger, trials)
     while (done := len(ledger.finished())) < run.wanted(trials):
         if done and timeout is not None and time.monotonic() - started > timeout:
@@ -168,7 +169,7 @@ class _Run:
             raise ModelError(
                 f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
             )
-        self.dense = model.to(device)
+        self.dense = copy.deepcopy(model).to(device).eval()
         self._tell("profile", 0, 1)
         self.cost = profile_model(self.dense, input_shape=tuple(shape))
         self.limits = budget.limits(dense_macs=self.cost.macs, dense_params=self.cost.params)
@@ -332,7 +333,7 @@ class _Run:
         found = []
         for done, network in enumerate((self.dense, small)):
             self._tell("test", done, 2)
-            found.append(evaluate(network, self.data, "test", device=self.device, precision=precision_for(self.device)))
+            found.append(evaluate(network, self.data, "test", device=self.device))
         self._tell("test", 2, 2)
         return found[0], found[1]
 

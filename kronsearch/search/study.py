@@ -33,7 +33,7 @@ class Study:
     asks what it would have asked.
 
     Args:
-        storage: an Optuna storage URL, such as `sqlite:///study.db`.
+        storage: an Optuna storage URL, such as `sqlite:///study.db`; None is memory.
         name: of the study in it.
         identity: what must not differ when it is resumed: model, data, budget, seed, ….
         higher_is_better: the direction of the score.
@@ -43,7 +43,9 @@ class Study:
         StudyError: the storage can't be opened, or the study was made with another identity.
     """
 
-    def __init__(self, storage: str, name: str, identity: Identity, *, higher_is_better: bool, seed: int) -> None:
+    def __init__(
+        self, storage: str | None, name: str, identity: Identity, *, higher_is_better: bool, seed: int
+    ) -> None:
         self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
         try:
             self._study = optuna.create_study(

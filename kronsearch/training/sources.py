@@ -1,11 +1,7 @@
 """Data specifications: `digits`, `cifar10:DIR`, `imagefolder:DIR` and `MODULE:CALLABLE`."""
 
 import importlib
-import os
 import stat
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ from kronsearch.training.data import Batch, Data, TensorData
 from kronsearch.training.imagefolder import IMAGENET_MEAN, IMAGENET_STD, ImageFolderData
 from kronsearch.training.split import stratified_split
 from kronsearch.training.task import Classification
+from kronsearch.usercode import working_directory_importable
 
 __all__ = ["load_data"]
 
@@ -145,7 +142,7 @@ def _read_cifar_pickles(folder: Path, *, train: bool) -> Batch:
 
 def _from_callable(spec: str, module_name: str, name: str, seed: int) -> Data:
     try:
-        with _working_directory_importable():
+        with working_directory_importable():
             factory = getattr(importlib.import_module(module_name), name, None)
             if not callable(factory):
                 raise DataError(f"data {spec!r}: module {module_name!r} has no callable {name!r}")
@@ -170,13 +167,3 @@ def _from_callable(spec: str, module_name: str, name: str, seed: int) -> Data:
     if missing:
         raise DataError(f"data {spec!r}: {type(data).__name__} does not set {' and '.join(missing)}")
     return data
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    entry = os.getcwd()  # noqa: PTH109
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)

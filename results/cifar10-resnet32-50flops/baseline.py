@@ -56,7 +56,7 @@ def main() -> None:
     before = evaluate(small, data, "test", precision=precision)
     started = time.perf_counter()
     if epochs:
-        scorer.final(small, epochs, 0, lambda report: None)
+        scorer.final(small, epochs, 0, lambda _: None)
     after = evaluate(small, data, "test", precision=precision)
     measured = ks.profile_model(small, input_shape=plan.input_shape)
     told = {

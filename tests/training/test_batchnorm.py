@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronsearch.training import batchnorm
 from kronsearch.errors import ModelError
+from kronsearch.training import batchnorm
 from kronsearch.training.batchnorm import reestimate_batchnorm
 
 
@@ -62,6 +62,6 @@ def test_without_tracking_batch_norms_nothing_is_run(make_data):
 
 def test_the_momentum_comes_back_after_an_error(make_data):
     model = nn.Sequential(nn.BatchNorm2d(2, momentum=0.3), nn.Linear(100, 1))
-    with pytest.raises(ModelError, match="can't run on inputs of shape .* shapes cannot be multiplied"):
+    with pytest.raises(ModelError, match=r"can't run on inputs of shape .* shapes cannot be multiplied"):
         reestimate_batchnorm(model, make_data(), generator=torch.Generator().manual_seed(0))
     assert model[0].momentum == 0.3
