@@ -5,6 +5,7 @@ What is slow to import is imported by the command that needs it, after what can 
 
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,9 @@ def run(settings: Settings) -> None:
     device = _device(settings)
     model = _load_model(settings, spec)
     data = _load_data(settings, None)
-    with SearchView(console_for(sys.stderr), budget, timeout=settings.timeout) as view:
+    console = console_for(sys.stderr)
+    view = SearchView(console, budget, timeout=settings.timeout)
+    with nullcontext() if settings.quiet else view:
         result = search(
             model,
             data,
@@ -86,11 +89,22 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
     spec = _needed(settings.model, "--model")
     plan = load_plan(path)
 
-    from kronsearch.models.apply import apply_plan, save_compressed
+    if out.suffix != ".safetensors":
+        raise OptionError(f"--out {out}: the network is written as safetensors; pass a name such as small.safetensors")
+
+    from kronsearch.models.apply import apply_plan, measured, save_compressed
 
     device = _device(settings)
     model = _load_model(settings, spec)
     small = apply_plan(model, plan, _load_data(settings, plan), device=device)
+    plan = measured(plan, model.to(device), small)
+    budget = plan.budget
+    for cost, most, name in (
+        (plan.compressed.macs, budget.max_macs, "MACs"),
+        (plan.compressed.params, budget.max_params, "params"),
+    ):
+        if most is not None and cost > most:
+            typer.echo(f"warning: {cost} {name} are above the plan's budget of {most}", err=True)
     save_compressed(small, plan, out)
     console = console_for()
     console.print(comparison(plan))

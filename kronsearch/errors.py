@@ -4,6 +4,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "DataError",
+    "FileError",
     "KronsearchError",
     "ModelError",
     "PlanError",
@@ -46,6 +47,10 @@ class CheckpointError(KronsearchError, ValueError):
 
 class DataError(KronsearchError, ValueError):
     """A data specification is unknown, or the data are missing or malformed."""
+
+
+class FileError(KronsearchError, OSError):
+    """A file can't be written."""
 
 
 class StudyError(KronsearchError, ValueError):

@@ -1,10 +1,11 @@
 """Files that are whole or not there: written beside their place, then renamed."""
 
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from kronsearch.errors import FileError
 
 __all__ = ["replacing", "write_text"]
 
@@ -14,21 +15,23 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside the target to write to; at the end flush it to disk and rename it to the target.
 
     On an error the temporary file is removed and the target is as it was.
+
+    Raises:
+        FileError: the file can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are for their owner alone
         temporary.replace(path)
+    except OSError as error:
+        raise FileError(f"can't write {path} ({error.strerror or error}): pass another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

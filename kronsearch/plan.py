@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +28,11 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+_LARGEST_INPUT = 2**28  # entries
 _LARGEST_FILE = 64 * 2**20
 
-Count = Annotated[int, Field(ge=0)]
-Extent = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Extent = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class _Part(BaseModel):
@@ -76,6 +78,8 @@ class LayerPlan(_Part):
             raise ValueError("a layer has either a spec or the reason why it stays dense")
         if self.spec is not None:
             self.spec.check_kernel(self.kernel_shape)
+            if self.spec.params > (most := 64 * prod(self.kernel_shape)):
+                raise ValueError(f"the factors of {self.spec} have more than {most} entries, 64 times the kernel's")
         return self
 
 
@@ -107,7 +111,7 @@ class Provenance(_Part):
     study: str | None = None
     trial: Count | None = None
     gap: float | None = None
-    """The allocation's proven relative gap to the lowest predicted error under the budget."""
+    """The proven relative gap of the trial's allocation to the least weighed error under the budget."""
 
 
 class Plan(_Part):
@@ -124,6 +128,12 @@ class Plan(_Part):
     predicted_error: float
     score: Score | None = None
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _has_a_sane_input(self) -> "Plan":
+        if prod(self.input_shape) > _LARGEST_INPUT:
+            raise ValueError(f"an input of shape {self.input_shape} is larger than any example")
+        return self
 
     @model_validator(mode="after")
     def _fits_its_fingerprint(self) -> "Plan":

@@ -21,7 +21,6 @@ _PHASES: "dict[Phase, str]" = {
     "profile": "measuring the model",
     "calibrate": "gathering statistics of activations",
     "tables": "error tables of layers",
-    "sensitivity": "sensitivity of layers",
     "trials": "trials",
     "final": "fine-tuning the best",
     "test": "reading the test split",

@@ -18,7 +18,7 @@ LINE = ("sekron", "training", "models", "search", "cli")  # each may import itse
 COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "plan")
 COMMON_MAY_IMPORT = {
     "errors": (),
-    "files": (),
+    "files": ("kronsearch.errors",),
     "yamlfile": ("kronsearch.errors",),
     "usercode": (),
     "budget": ("kronsearch.errors",),

@@ -9,8 +9,9 @@ from torch import nn
 
 from kronsearch.errors import CheckpointError, PlanError
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
-from kronsearch.plan import Plan, parse_plan
+from kronsearch.plan import Cost, Plan, parse_plan
 from kronsearch.sekron.layers import SeKronConv2d, SeKronLayer, SeKronLinear, conv_geometry
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
@@ -23,6 +24,7 @@ __all__ = [
     "factorise",
     "is_compressed",
     "load_compressed",
+    "measured",
     "replace_layers",
     "save_compressed",
     "settle",
@@ -105,19 +107,28 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
-    """Raise `PlanError` unless a network has the layers that a plan replaces."""
+    """Raise `PlanError` unless a network has the layers that a plan replaces, and they can be replaced there."""
     modules = dict(model.named_modules())
     for name, spec in plan.replaced.items():
         layer = modules.get(name)
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            found = "has no such layer" if layer is None else f"has a {type(layer).__name__} there"
-            raise PlanError(f"the plan ({_made_for(plan)}) replaces {name!r}, but the model {found}: pass that model")
-        shape = tuple(layer.weight.shape)
-        if shape != spec.kernel_shape or getattr(layer, "groups", 1) != 1:
+        shape = tuple(layer.weight.shape) if isinstance(layer, nn.Conv2d | nn.Linear) else None
+        if shape != spec.kernel_shape:
+            found = "no such layer" if layer is None else f"a {type(layer).__name__} of kernel shape {shape}"
             raise PlanError(
-                f"the plan ({_made_for(plan)}) replaces {name!r} of kernel shape {spec.kernel_shape}, the model's is "
-                f"{shape}: pass a checkpoint of the network the plan was made for"
+                f"the plan ({_made_for(plan)}) replaces {name!r} of kernel shape {spec.kernel_shape}, the model has "
+                f"{found}: pass a checkpoint of the network that the plan was made for"
             )
+    cost = profile_model(model, input_shape=plan.input_shape)
+    for name in plan.replaced:
+        if (reason := cost.layer(name).keeps_dense) is not None:
+            raise PlanError(f"the plan ({_made_for(plan)}) replaces {name!r}, which this model can't have: {reason}")
+
+
+def measured(plan: Plan, model: nn.Module, small: nn.Module) -> Plan:
+    """Return a plan with the costs of a network and of what it was made into, by fvcore, in place of its own."""
+    costs = [profile_model(network, input_shape=plan.input_shape) for network in (model, small)]
+    dense, compressed = (Cost(macs=cost.macs, params=cost.params) for cost in costs)
+    return plan.model_copy(update={"dense": dense, "compressed": compressed})
 
 
 def _made_for(plan: Plan) -> str:
@@ -132,7 +143,7 @@ def save_compressed(model: nn.Module, plan: Plan, path: str | Path, *, epochs: f
 def is_compressed(path: str | Path) -> bool:
     """Tell whether a file holds a compressed network, as `save_compressed` writes it."""
     path = Path(path)
-    return path.suffix == ".safetensors" and read_metadata(path).get("format") == _FORMAT
+    return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == _FORMAT
 
 
 def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None) -> nn.Module:
@@ -156,7 +167,7 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
     small = replace_layers(
         model, {name: empty_layer(model.get_submodule(name), s) for name, s in plan.replaced.items()}
     )
-    state = load_state_dict(path)
+    state = load_state_dict(path, wrapped=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
     for name in sorted(wanted.keys() | state.keys()):
         got = tuple(state[name].shape) if name in state else None

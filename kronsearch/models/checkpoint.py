@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kronsearch.errors import CheckpointError
+from kronsearch.files import replacing
 
 __all__ = ["fingerprint_weights", "load_state_dict", "load_weights", "read_metadata", "save_safetensors"]
 
@@ -34,11 +34,12 @@ _TYPE_NAMES = {
 }
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint onto the CPU, by name.
 
     A `.safetensors` file is read as such, any other as a torch.save file, of which nothing but tensors and plain
-    containers is unpickled. {"state_dict": …} and the like are unwrapped, the prefix of DataParallel is taken off.
+    containers is unpickled. {"state_dict": …} and the like are unwrapped, and if `wrapped` the prefix that
+    DataParallel or torch.compile leave is taken off.
     CheckpointError if the file is missing, truncated, of another kind, or holds anything but plain tensors.
     """
     path = Path(path)
@@ -46,10 +47,12 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no checkpoint at {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
     if path.suffix == ".safetensors":
         with _unreadable(path, "a safetensors file"):
-            return _without_prefix(load_file(path))
+            state = load_file(path)
+        return _without_prefix(state) if wrapped else state
     with _unreadable(path, "a torch.save file of tensors"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    return _without_prefix(_unwrap(content, path))
+    state = _unwrap(content, path)
+    return _without_prefix(state) if wrapped else state
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -58,7 +61,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Only batch norm's `num_batches_tracked`, which old checkpoints lack, may be missing. CheckpointError otherwise, with
     the first few tensors that are missing, unexpected or of another shape; the model is then unchanged.
     """
-    state = load_state_dict(path)
+    state = load_state_dict(path, wrapped=False)
+    if not state.keys() <= model.state_dict().keys():  # the network may be a wrapper itself
+        state = _without_prefix(state)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     counters = {n: v for n, v in own.items() if n not in state and n.rpartition(".")[2] == "num_batches_tracked"}
     state = {**state, **counters}
@@ -132,18 +137,9 @@ def _check_storable(name: str, value: object, path: Path) -> None:
 
 
 def _write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for part in parts:
+            file.write(part)
 
 
 @contextmanager

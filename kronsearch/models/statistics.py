@@ -1,6 +1,7 @@
 """Calibration: the second moments of what enters each layer and of the gradients that come back to it."""
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
@@ -10,21 +11,24 @@ from torch.nn import functional as F
 
 from kronsearch.sekron.layers import conv_geometry
 from kronsearch.sekron.metrics import Moments
-from kronsearch.training.data import Data
+from kronsearch.training.data import Data, endless_train_batches
 from kronsearch.training.precision import eval_mode, forward
 
 __all__ = ["gather_moments"]
 
 _BATCH = 64
 _MOST_PATCHES = 100_000  # of each layer; beyond, a coarser grid of positions is read
+_WIDEST = 8192  # entries of an input patch
 _CHUNK = 2**24  # entries of unfolded patches in memory at a time
 
 
 class _Layer:
     """The sums for one layer."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, images: int, generator: torch.Generator) -> None:
-        self.layer, self.images, self.generator = layer, images, generator
+    def __init__(self, name: str, layer: nn.Conv2d | nn.Linear, images: int) -> None:
+        self.layer, self.images = layer, images
+        # of its own: which other layers are looked at changes nothing for this one
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         width = layer.weight[0].numel()
         self.inputs = torch.zeros(width, width, device=layer.weight.device)
         self.mean = torch.zeros(width, device=layer.weight.device)
@@ -70,14 +74,13 @@ class _Layer:
     def _offset(self, step: int, count: int) -> int:
         return int(torch.randint(min(step, count), (), generator=self.generator))
 
-    def moments(self, images: int, gradients: bool) -> Moments:
+    def moments(self, images: int) -> Moments:
         mean = self.mean / self.patches
         inputs = self.inputs / self.patches
         has_bias = self.layer.bias is not None
         if self.before_norm or has_bias:
             inputs = inputs - torch.outer(mean, mean)
-        outputs = self.outputs / images if gradients else None
-        return Moments(inputs, outputs, mean if has_bias and not self.before_norm else None)
+        return Moments(inputs, self.outputs / images, mean if has_bias and not self.before_norm else None)
 
 
 def gather_moments(
@@ -101,31 +104,33 @@ def gather_moments(
     Args:
         model: the dense network, on `device`; run in eval mode, and left as it was.
         data: whose training split is read.
-        names: dotted names of `Conv2d` (ungrouped) and `Linear` layers.
+        names: dotted names of `Conv2d` (ungrouped) and `Linear` layers; those with over 8192 entries in an input patch
+            are left out, whose moments would fill the memory.
         images: about how many to read, in whole batches.
-        generator: chooses images, augmentation and, on large layers, positions.
+        generator: chooses images, augmentation and directions; the same whichever layers are named.
         device: to run on.
     """
     layers = {name: model.get_submodule(name) for name in names}
     sums = {
-        name: _Layer(layer, images, generator)
+        name: _Layer(name, layer, images)
         for name, layer in layers.items()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight[0].numel() <= _WIDEST
     }
-    produced: dict[int, tuple[Tensor, _Layer]] = {}
+    produced: dict[int, tuple[Tensor, int, _Layer]] = {}
 
     def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             seen.see_inputs(inputs[0])
-            produced[id(output)] = (output, seen)
+            produced[id(output)] = (output, output._version, seen)
             if output.requires_grad:
                 output.register_hook(seen.see_gradients)  # type: ignore[no-untyped-call]
 
         return hook
 
     def on_norm(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in produced:
-            produced[id(inputs[0])][1].before_norm = True
+        output, version, seen = produced.get(id(inputs[0]), (None, 0, None))
+        if output is not None and seen is not None and output._version == version:  # no activation in place between
+            seen.before_norm = True
 
     done = 0
     with ExitStack() as stack:
@@ -136,14 +141,14 @@ def gather_moments(
                 stack.callback(module.register_forward_pre_hook(on_norm).remove)
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
+        batches = endless_train_batches(data, min(_BATCH, images), generator=generator, device=device)
         while done < images:
-            for inputs, _ in data.train_batches(min(_BATCH, images), generator=generator, device=device):
-                # the inputs ask for gradients so that every layer's output does, frozen weights or not
-                outputs = forward(model, inputs.requires_grad_(), "float32")
-                direction = torch.randn(outputs.shape, generator=generator).to(outputs)
-                torch.autograd.grad(outputs, inputs, direction)
-                produced.clear()
-                done += len(inputs)
-                if done >= images:
-                    break
-    return {name: seen.moments(done, gradients=True) for name, seen in sums.items()}
+            # the inputs ask for gradients so that every layer's output does, frozen weights or not
+            inputs = next(batches)[0].detach().requires_grad_()
+            outputs = forward(model, inputs, "float32")
+            direction = torch.randn(outputs.shape, generator=generator).to(outputs)
+            torch.autograd.grad(outputs, inputs, direction)
+            produced.clear()
+            done += len(inputs)
+        batches.close()
+    return {name: seen.moments(done) for name, seen in sums.items()}

@@ -16,6 +16,7 @@ __all__ = ["Allocation", "Choices", "allocate"]
 
 _GAP = 1e-4
 _SECONDS = 20.0
+_INFEASIBLE = 2  # SciPy's status
 _SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budgets are kept to the last MAC
 
 
@@ -87,8 +88,10 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
         )
-        if result.x is None:
+        if result.x is None and result.status == _INFEASIBLE:
             raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+        if result.x is None:
+            raise BudgetError(f"no plan within the budget was found in {_SECONDS:.0f} s: ask for a looser budget")
         taken = result.x > 0.5
         if all(int(costs[taken].sum()) <= limit for costs, limit in rows):
             break
@@ -103,7 +106,7 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
     if (limits.macs is not None and macs > limits.macs) or (limits.params is not None and params > limits.params):
         raise AssertionError(f"the solver overstepped a budget: {macs} MACs, {params} params, {limits}")
     error = sum(float(layer.error[index]) for layer, index in picked)
-    bound = float(result.mip_dual_bound) * scale
+    bound = max(0.0, float(result.mip_dual_bound or 0.0)) * scale
     return Allocation(chosen, macs, params, error, max(0.0, (error - bound) / error) if error > 0 else 0.0)
 
 

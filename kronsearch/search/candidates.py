@@ -20,6 +20,8 @@ from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
 
 __all__ = ["Candidates", "UnitCost", "layer_candidates", "pareto", "sequences"]
 
+_LARGEST_GRAM = 4096  # side of the Gram matrix of two factors: beyond, one sequence of hundreds takes minutes
+
 
 @dataclass(frozen=True)
 class UnitCost:
@@ -70,6 +72,15 @@ class Candidates:
         kinds = np.array([structure_of(shapes) for shapes in self.sequences], dtype=object)
         return kinds[self.sequence]
 
+    def without_pointless(self) -> "Candidates":
+        """Leave out what another candidate of the same structure beats or equals in both costs and in error."""
+        kinds = self.structures()
+        fronts = []
+        for kind in dict.fromkeys(kinds):
+            members = np.flatnonzero(kinds == kind)
+            fronts.append(members[pareto([self.macs[members], self.params[members]], self.error[members])])
+        return self.take(np.sort(np.concatenate(fronts)))
+
     def take(self, chosen: NDArray[Any]) -> "Candidates":
         """Return the chosen candidates, given by index or mask."""
         columns = (column[chosen] for column in (self.sequence, self.rank, self.macs, self.params, self.error))
@@ -79,11 +90,14 @@ class Candidates:
 def sequences(
     kernel_shape: tuple[int, ...], geometry: Geometry, calls: Sequence[Sequence[int]], space: SearchSpace
 ) -> Iterator[UnitCost]:
-    """Yield the sequences of a space that save MACs or params at rank 1, with their costs. Ints only."""
+    """Yield the sequences of a space that save MACs or params at rank 1, with their costs. Ints only.
+
+    Left out are those of two factors with more than 4096 entries each.
+    """
     dense = sum(dense_macs(kernel_shape, geometry, call) for call in calls)
     deep = cp_sequence(kernel_shape)
     for shapes in (*factor_pairs(kernel_shape), *((deep,) if deep else ())):
-        if structure_of(shapes) in space.structures:
+        if structure_of(shapes) in space.structures and min(map(prod, shapes)) <= _LARGEST_GRAM:
             spec = SeKronSpec(shapes, (1,) * (len(shapes) - 1))
             unit = UnitCost(shapes, sum(count_macs(spec, geometry, call) for call in calls), spec.params)
             if unit.macs < dense or unit.params < prod(kernel_shape):

@@ -6,7 +6,7 @@ from typing import Literal
 
 __all__ = ["Phase", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "sensitivity", "trials", "final", "test"]
+Phase = Literal["profile", "calibrate", "tables", "trials", "final", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,12 @@
 """How small a network can get in a search space. Ints only: no kernel is decomposed."""
 
+import numpy as np
+
 from kronsearch.budget import Limits, format_count
 from kronsearch.errors import BudgetError
 from kronsearch.models.profile import ModelCost
-from kronsearch.search.candidates import sequences
+from kronsearch.search.allocate import Choices, allocate
+from kronsearch.search.candidates import UnitCost, sequences
 from kronsearch.search.space import SearchSpace
 
 __all__ = ["check_reachable", "replaceable", "smallest_cost"]
@@ -23,16 +26,14 @@ def smallest_cost(cost: ModelCost, space: SearchSpace) -> tuple[int, int]:
     macs, params = cost.macs, cost.params
     for name in replaceable(cost, space):
         layer = cost.layer(name)
-        assert layer.kernel_shape is not None
-        assert layer.geometry is not None
-        units = list(sequences(layer.kernel_shape, layer.geometry, layer.calls, space))
+        units = _units(cost, space, name)
         macs -= layer.kernel_macs - min([layer.kernel_macs, *(unit.macs for unit in units)])
         params -= layer.kernel_params - min([layer.kernel_params, *(unit.params for unit in units)])
     return macs, params
 
 
 def check_reachable(cost: ModelCost, space: SearchSpace, limits: Limits) -> None:
-    """Raise `BudgetError` with the smallest costs if a bound is below what the space can reach."""
+    """Raise `BudgetError` with the smallest costs if the bounds, each or together, are below what can be reached."""
     macs, params = smallest_cost(cost, space)
     for limit, smallest, unit in ((limits.macs, macs, "MACs"), (limits.params, params, "params")):
         if limit is not None and limit < smallest:
@@ -40,3 +41,19 @@ def check_reachable(cost: ModelCost, space: SearchSpace, limits: Limits) -> None
                 f"a budget of {format_count(limit)} {unit} can't be reached: the smallest that this model and search "
                 f"space can is {smallest} {unit} ({format_count(smallest)})"
             )
+    if limits.macs is not None and limits.params is not None:
+        layers = []
+        for name in replaceable(cost, space):
+            dense = (cost.layer(name).kernel_macs, cost.layer(name).kernel_params)
+            costs = np.array([dense, *((unit.macs, unit.params) for unit in _units(cost, space, name))])
+            layers.append(Choices(costs[:, 0], costs[:, 1], np.zeros(len(costs))))
+        fixed_macs = cost.macs - sum(int(layer.macs[0]) for layer in layers)
+        fixed_params = cost.params - sum(int(layer.params[0]) for layer in layers)
+        allocate(layers, limits, fixed_macs=fixed_macs, fixed_params=fixed_params)
+
+
+def _units(cost: ModelCost, space: SearchSpace, name: str) -> list[UnitCost]:
+    layer = cost.layer(name)
+    assert layer.kernel_shape is not None
+    assert layer.geometry is not None
+    return list(sequences(layer.kernel_shape, layer.geometry, layer.calls, space))

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import math
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
 from kronsearch.budget import Budget
@@ -20,7 +22,7 @@ from kronsearch.models.apply import apply_plan, calibrate, is_compressed, load_c
 from kronsearch.models.checkpoint import fingerprint_weights, read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Decomposition, Plan, Score, parse_plan, save_plan
-from kronsearch.search.candidates import layer_candidates
+from kronsearch.search.candidates import Candidates, layer_candidates
 from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
 from kronsearch.search.progress import Phase, Progress, Watcher, ignore
@@ -174,6 +176,9 @@ class _Run:
         self.cost = profile_model(self.dense, input_shape=tuple(shape))
         self.limits = budget.limits(dense_macs=self.cost.macs, dense_params=self.cost.params)
         self.names = replaceable(self.cost, self.space)
+        for name in self.names:
+            if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):
+                raise ModelError(f"the weight of {name} has entries that are not finite: pass a trained checkpoint")
         check_reachable(self.cost, self.space, self.limits)
         self.settings = Decomposition(
             calibration_images=_CALIBRATION_IMAGES if data is not None else 0,
@@ -181,6 +186,8 @@ class _Run:
             seed=seed,
         )
         self.draft = Draft(self.space, budget, self.settings, seed, model_spec, model_args)
+        if data is not None:  # what the data and the network can't do together is known before there is a study
+            evaluate(self.dense, data, "val", limit=16, device=device)
         self._tell("profile", 1, 1, macs=self.cost.macs, params=self.cost.params)
 
     @property
@@ -221,14 +228,20 @@ class _Run:
             self.scorer = Scorer(self.dense, self.data, metrics, self.settings, self.device)
         if finished is not None:
             return
-        candidates, sensitivity = [], {}
+        candidates: list[Candidates] = []
+        sensitivity: dict[str, float] = {}
         for done, name in enumerate(self.names):
             self._tell("tables", done, len(self.names), name)
             kernel = self.dense.get_parameter(f"{name}.weight").detach()
             metric = metrics.get(name)
-            candidates.append(layer_candidates(kernel, self.cost.layer(name), self.space, metric=metric))
-            sensitivity[name] = 1.0 if metric is None else metric.energy(kernel)
+            everything = layer_candidates(kernel, self.cost.layer(name), self.space, metric=metric)
+            candidates.append(everything.without_pointless())
+            if metric is not None:
+                sensitivity[name] = max(0.0, metric.energy(kernel))  # below zero by rounding, where inputs are constant
+                metric.forget()
         self._tell("tables", len(self.names), len(self.names))
+        usual = statistics.median(sensitivity.values()) if sensitivity else 1.0
+        sensitivity = {name: sensitivity.get(name, usual) for name in self.names}
         self.problem = Problem(self.cost, self.limits, candidates, sensitivity)
 
     def begin(self, ledger: Study, trials: int) -> None:
@@ -242,9 +255,7 @@ class _Run:
         allocation = self.problem.allocate(suggest(trial, self.problem))
         plan = self.draft.plan(self.problem, allocation)
         digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
-        twin = next(
-            (t for t in ledger.finished() if t.value is not None and t.user_attrs.get("digest") == digest), None
-        )
+        twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
         for key, attribute in (
             (PLAN, plan.model_dump_json()),
             ("digest", digest),
@@ -272,19 +283,24 @@ class _Run:
         if self.scorer is None:
             return plan.predicted_error
         if twin is not None:
-            for key in ("settled", "divergence", "examples"):
+            if twin.state is not TrialState.COMPLETE:
+                return None
+            for key in ("settled", "error", "divergence", "examples"):
                 trial.set_user_attr(key, twin.user_attrs.get(key))
             return twin.value
         small = self.scorer.build(plan.replaced)
         trial.set_user_attr("settled", self.scorer.validate(small).metric)
         last: Evaluation | None = None
         for step, evaluation in enumerate(self.scorer.proxy(small, self.seed)):
+            if not math.isfinite(evaluation.metric):
+                return None
             last = evaluation
             trial.report(evaluation.metric, step)
             if trial.should_prune():
                 return None
         if last is None:
             return None
+        trial.set_user_attr("error", last.error)
         trial.set_user_attr("divergence", last.divergence)
         trial.set_user_attr("examples", last.n)
         return last.metric
@@ -302,6 +318,7 @@ class _Run:
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
         """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
         path = None if folder is None else folder / "compressed.safetensors"
+        epochs = epochs if self.scorer is not None else 0.0
         if path is not None and self._is_done(path, plan, epochs):
             return load_compressed(self.dense, path, plan).to(self.device)
         if self.scorer is None:
@@ -314,8 +331,10 @@ class _Run:
                 f"the applied plan has {measured.macs} MACs and {measured.params} params by fvcore, but was counted as "
                 f"{plan.compressed.macs} and {plan.compressed.params}: this is a bug, please report the model"
             )
-        if self.scorer is not None and epochs > 0:
-            self.scorer.final(small, epochs, self.seed, self._tell_final)
+        if self.scorer is not None and epochs > 0 and not self.scorer.final(small, epochs, self.seed, self._tell_final):
+            raise StudyError(
+                f"the final fine-tune of {epochs} epochs diverged: run the same line again with other --final-epochs"
+            )
         if path is not None:
             save_compressed(small, plan, path, epochs=epochs)
         return small

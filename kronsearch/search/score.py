@@ -22,12 +22,11 @@ __all__ = ["Scorer"]
 _PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
 _REPORTS = 3  # scores of a proxy fine-tune, at which it may be pruned
 _VALIDATION = 2_500  # validation images at the most
+_VALIDATION_BATCH = 125  # small, so that the score's standard error comes from many batches
+_TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 _KEPT = 2**30  # bytes of factors that are kept between trials
-_RATE = (
-    1.25e-5  # times √steps is the learning rate: 1e-4 for 62 steps, 3.3e-4 for 700 (ResNet-32: at 62 steps a rate of
-)
-# 3e-4 gains nothing and 1e-3 loses 1.5 points, because a short run can't recover from what a high rate breaks first)
-_HIGHEST_RATE = 1e-3
+_RATE = 2.5e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
+_HIGHEST_RATE = 6e-4  # (ResNet-32 at a third of the MACs: at 62 steps 1e-4 gains 0.6 points, 1e-3 loses 1.5)
 _PROXY, _FINAL = 11, 12  # streams of random numbers
 
 
@@ -53,14 +52,23 @@ class Scorer:
         self.dense, self.data, self.metrics, self.settings, self.device = dense, data, metrics, settings, device
         self._precision = precision_for(device)
         self._factorised: dict[tuple[str, SeKronSpec], SeKronLayer] = {}
-        self._teacher: Tensor = outputs(dense, data, "val", limit=_VALIDATION, device=device, precision=self._precision)
+        self._teacher = self._teacher_outputs()
+
+    def _teacher_outputs(self) -> Tensor | None:
+        """Return the dense network's outputs on the validation images, None where they would fill the memory."""
+
+        def taken(limit: int) -> Tensor:
+            return outputs(self.dense, self.data, "val", limit=limit, device=self.device, precision=self._precision)
+
+        fits = taken(1).numel() * min(_VALIDATION, self.data.size("val")) <= _TEACHER_ENTRIES
+        return taken(_VALIDATION) if fits else None
 
     def build(self, specs: Mapping[str, SeKronSpec]) -> nn.Module:
         """Return the network with these layers replaced and its batch norms re-estimated; as `apply_plan` with data."""
         layers = {name: copy.deepcopy(self._layer(name, spec)) for name, spec in specs.items()}
         small = replace_layers(self.dense, layers)
         settle(small, self.data, images=self.settings.batchnorm_images, seed=self.settings.seed, device=self.device)
-        return small
+        return small.requires_grad_()  # frozen or not in the dense network: a factorised one has to be trained
 
     def _layer(self, name: str, spec: SeKronSpec) -> SeKronLayer:
         key = (name, spec)
@@ -78,6 +86,7 @@ class Scorer:
             "val",
             teacher_outputs=self._teacher,
             limit=_VALIDATION,
+            batch_size=_VALIDATION_BATCH,
             device=self.device,
             precision=self._precision,
         )
@@ -93,15 +102,18 @@ class Scorer:
                 return
             yield self.validate(model)
 
-    def final(self, model: nn.Module, epochs: float, seed: int, watch: Callable[[StepReport], None]) -> None:
-        """Fine-tune for so many epochs, in place."""
+    def final(self, model: nn.Module, epochs: float, seed: int, watch: Callable[[StepReport], None]) -> bool:
+        """Fine-tune for so many epochs, in place; return whether the loss stayed finite."""
         for report in self._finetune(model, self._settings(epochs)[0], stream(seed, _FINAL), 10):
+            if not math.isfinite(report.loss):
+                return False
             watch(report)
+        return True
 
     def _settings(self, epochs: float) -> tuple[TrainSettings, int]:
         """Return how to fine-tune for so many epochs, and the number of steps."""
         steps = total_steps(TrainSettings(epochs=epochs), self.data.size("train"))
-        return TrainSettings(epochs=epochs, lr=min(_HIGHEST_RATE, _RATE * math.sqrt(steps))), steps
+        return TrainSettings(epochs=epochs, lr=min(_HIGHEST_RATE, _RATE * steps)), steps
 
     def _finetune(
         self, model: nn.Module, settings: TrainSettings, generator: torch.Generator, every: int

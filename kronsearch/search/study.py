@@ -56,16 +56,15 @@ class Study:
                 load_if_exists=True,
             )
             known = self._study.user_attrs.get(_IDENTITY)
+            trials = self._study.get_trials(deepcopy=False)
         except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise StudyError(
                 f"can't open the storage {storage} ({reason}): pass an Optuna URL such as sqlite:///study.db"
             ) from error
+        if (known is None and trials) or not isinstance(known, dict | None):
+            raise StudyError(f"the study {name!r} in {storage} is not kronsearch's: pass another --study or --storage")
         if known is None:
-            if self._study.get_trials(deepcopy=False):
-                raise StudyError(
-                    f"the study {name!r} in {storage} is not kronsearch's: pass another --study or --storage"
-                )
             self._study.set_user_attr(_IDENTITY, dict(identity))
         elif known != dict(identity):
             differing = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
@@ -81,17 +80,27 @@ class Study:
         return self._study.get_trials(deepcopy=False, states=FINISHED)
 
     def best(self) -> FrozenTrial | None:
-        """Return the complete trial with the best score, the first of equals; None if there is none."""
+        """Return the winner among the complete trials, None if there are none.
+
+        Scores within one standard error of the best are alike; among those the network wins whose outputs diverge least
+        from the dense one's, which is finer: at half of ResNet-32's MACs the best scores differ by one image in 2,500.
+        Of equals it is the first.
+        """
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = -1 if self.higher_is_better else 1
-        return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+        ranked = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        if not ranked:
+            return None
+        worst = sign * (ranked[0].value or 0.0) + float(ranked[0].user_attrs.get("error") or 0.0)
+        alike = [trial for trial in ranked if sign * (trial.value or 0.0) <= worst]
+        return min(alike, key=lambda trial: float(trial.user_attrs.get("divergence") or 0.0))
 
     def ask(self, given: Callable[[int], Mapping[str, float] | None]) -> Trial:
         """Begin a trial. `given` maps the number of finished trials to parameters that are set beforehand, or None."""
         index = len(self.finished())
         digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
         self._study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=_STARTUP, seed=int.from_bytes(digest[:4], "big")
+            n_startup_trials=_STARTUP, constant_liar=False, seed=int.from_bytes(digest[:4], "big")
         )
         parameters = given(index)
         if parameters is not None and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -121,7 +130,7 @@ class Study:
         """Close running trials whose worker was on this machine and is gone."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             host, _, pid = str(trial.user_attrs.get(_WORKER, "")).rpartition(":")
-            if not pid or (host == socket.gethostname() and not _alive(int(pid))):
+            if not pid.isdecimal() or (host == socket.gethostname() and not _alive(int(pid))):
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
 

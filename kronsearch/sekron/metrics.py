@@ -30,7 +30,8 @@ class Moments:
     Args:
         inputs: (C·prod(extent), C·prod(extent)), of the input patches, in channels slowest; centred where the layer's
             mean output can be corrected behind it, by a bias or by a batch norm.
-        outputs: (F, F), of the loss's gradient by the layer's outputs; None where there were no gradients.
+        outputs: (F, F), of the gradient of the loss, or of the network's outputs, by the layer's outputs; None where
+            there were no gradients.
         mean: (C·prod(extent),), the mean input patch, where the layer's own bias takes up the change of its mean.
     """
 
@@ -92,6 +93,10 @@ class Metric:
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
         self._kept: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[Roots]] = {}
+
+    def forget(self) -> None:
+        """Drop the kept roots, hundreds of megabytes for a wide layer; they are formed again where they are needed."""
+        self._kept.clear()
 
     def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[Roots]:
         key = (outputs, shapes)

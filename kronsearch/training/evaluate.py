@@ -1,5 +1,6 @@
 """What a network is worth on a split: metric, loss, and divergence from its teacher."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,16 @@ __all__ = ["Evaluation", "evaluate", "outputs"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over `n` examples: the task's metric, its loss, and the divergence if a teacher's outputs were given."""
+    """Means over `n` examples: the task's metric, its loss, and the divergence if a teacher's outputs were given.
+
+    `error` is the metric's standard error, from how it differs between batches; 0 where there was but one.
+    """
 
     metric: float
     loss: float
     divergence: float | None
     n: int
+    error: float = 0.0
 
 
 def evaluate(
@@ -42,19 +47,23 @@ def evaluate(
     if teacher_outputs is not None and len(teacher_outputs) != taken:
         raise ValueError(f"{len(teacher_outputs)} teacher outputs for {taken} examples: use the same split and limit")
     task = data.task
-    metric = loss = divergence = 0.0
+    loss = divergence = 0.0
+    metrics: list[tuple[float, int]] = []
     n = 0
     # Not inference mode: what a model caches in it could never again take part in a backward pass.
     with torch.no_grad(), eval_mode(model):
         for inputs, targets in data.batches(split, batch_size, limit=limit, device=device):
             result = forward(model, inputs, precision)
             count = len(inputs)
-            metric += task.metric_sum(result, targets)
+            metrics.append((task.metric_sum(result, targets), count))
             loss += count * task.loss(result, targets).item()
             if teacher_outputs is not None:
                 divergence += count * task.divergence(result, teacher_outputs[n : n + count].to(device)).item()
             n += count
-    return Evaluation(metric / n, loss / n, None if teacher_outputs is None else divergence / n, n)
+    metric = sum(total for total, _ in metrics) / n
+    squares = sum((total - count * metric) ** 2 for total, count in metrics)
+    error = math.sqrt(squares * len(metrics) / (len(metrics) - 1)) / n if len(metrics) > 1 else 0.0
+    return Evaluation(metric, loss / n, None if teacher_outputs is None else divergence / n, n, error)
 
 
 def outputs(

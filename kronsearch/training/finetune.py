@@ -21,9 +21,10 @@ class TrainSettings:
     """How to train. The defaults suit a factorised network that learns from its dense original.
 
     `epochs` may be a fraction. The rate climbs linearly to `lr` over the `warmup` fraction of the steps, then falls as
-    a cosine to zero. The loss is `label_weight` × the task's loss + the rest × the divergence from the teacher; without
-    a teacher the label weight is 1. `weight_decay` holds for tensors of two or more dimensions. Gradients are scaled
-    down to a norm of at most `clip_norm`.
+    a cosine to zero. The loss is `label_weight` × the task's loss + the rest × the divergence from the teacher, with
+    both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015);
+    without a teacher the label weight is 1. `weight_decay` holds for tensors of two or more dimensions. Gradients are
+    scaled down to a norm of at most `clip_norm`.
     """
 
     epochs: float
@@ -31,12 +32,15 @@ class TrainSettings:
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
-    label_weight: float = 0.1
+    label_weight: float = 0.0
+    temperature: float = 4.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.epochs < math.inf and self.batch_size > 0 and self.lr > 0 and self.clip_norm > 0):
             raise ValueError(f"epochs, batch_size, lr and clip_norm must be positive, epochs finite: {self}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive: {self}")
         if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1 and self.weight_decay >= 0):
             raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1], weight_decay not negative: {self}")
 
@@ -139,7 +143,8 @@ def _loss(
 ) -> Tensor:
     if teacher_outputs is None:
         return task.loss(outputs, targets)
-    loss = (1 - settings.label_weight) * task.divergence(outputs, teacher_outputs)
+    heat = settings.temperature
+    loss = (1 - settings.label_weight) * heat**2 * task.divergence(outputs / heat, teacher_outputs / heat)
     if settings.label_weight > 0:
         loss = loss + settings.label_weight * task.loss(outputs, targets)
     return loss

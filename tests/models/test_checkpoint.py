@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kronsearch.errors import CheckpointError
+from kronsearch.errors import CheckpointError, FileError
 from kronsearch.models.checkpoint import (
     fingerprint_weights,
     load_state_dict,
@@ -244,10 +244,8 @@ def test_what_safetensors_cannot_hold_is_refused(tmp_path, value, kind):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match=r"can't write .*: No such file or directory"):
-        save_safetensors(network(), tmp_path / "missing" / "a.safetensors")
     path.mkdir()
-    with pytest.raises(CheckpointError, match=r"can't write .*a.safetensors: Is a directory"):
+    with pytest.raises(FileError, match=r"can't write .*a.safetensors \(Is a directory\)"):
         save_safetensors(network(), path)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -26,7 +26,10 @@ def test_the_smallest_cost_is_reached_by_the_allocation_and_one_less_is_not(digi
     assert allocate(layers, Limits(macs, None), **fixed).macs == macs
     assert sum(int(layer.macs.min()) for layer in layers) + fixed["fixed_macs"] == macs
     assert sum(int(layer.params.min()) for layer in layers) + fixed["fixed_params"] == params
-    check_reachable(digits_cost, SPACE, Limits(macs, params))
+    check_reachable(digits_cost, SPACE, Limits(macs, None))
+    check_reachable(digits_cost, SPACE, Limits(None, params))
+    with pytest.raises(BudgetError, match="each by itself"):
+        check_reachable(digits_cost, SPACE, Limits(macs, params))
     with pytest.raises(BudgetError, match=f"the smallest that this model and search space can is {macs} MACs"):
         check_reachable(digits_cost, SPACE, Limits(macs - 1, None))
     with pytest.raises(BudgetError, match=f"is {params} params"):

@@ -87,6 +87,16 @@ def test_the_best_is_the_first_of_equals_and_pruned_trials_count_as_finished(tmp
     assert study.table()["state"].tolist() == ["complete", "pruned", "complete", "complete"]
 
 
+def test_of_scores_within_the_standard_error_the_least_divergence_wins(tmp_path):
+    study = opened(tmp_path / "a.db")
+    for value, divergence in ((0.890, 0.1), (0.901, 0.4), (0.905, 0.3), (0.9, 0.2)):
+        trial = study.ask(no_given)
+        trial.set_user_attr("divergence", divergence)
+        trial.set_user_attr("error", 0.006)
+        study.tell(trial, value)
+    assert study.best().number == 3
+
+
 def test_another_identity_is_refused_with_what_differs(tmp_path):
     opened(tmp_path / "a.db")
     with pytest.raises(StudyError, match=r"\(budget was flops 50%, is params 20%\)") as caught:

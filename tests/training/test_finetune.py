@@ -54,7 +54,14 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
     """Distillation with weight decay, warm-up and clipping, against AdamW's formulas written out."""
     data, network, teacher = make_data(), make_network(0), make_network(1)
     settings = TrainSettings(
-        epochs=2, batch_size=30, lr=0.01, weight_decay=0.1, warmup=0.0, label_weight=0.25, clip_norm=0.05
+        epochs=2,
+        batch_size=30,
+        lr=0.01,
+        weight_decay=0.1,
+        warmup=0.0,
+        label_weight=0.25,
+        temperature=2.0,
+        clip_norm=0.05,
     )
     rates = [0.01, 0.005]
     expected = copy.deepcopy(network).train()
@@ -64,7 +71,8 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
         ((images, labels),) = list(data.train_batches(30, generator=generator))
         torch.randint(2**62, (), generator=generator)  # the seed of dropout
         logits, goal = expected(images), teacher(images).detach()
-        divergence = (goal.softmax(1) * (goal.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
+        cool, cool_goal = (logits / 2).log_softmax(1), (goal / 2).log_softmax(1)
+        divergence = 4 * (cool_goal.exp() * (cool_goal - cool)).sum(1).mean()
         loss = 0.75 * divergence + 0.25 * F.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))

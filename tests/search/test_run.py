@@ -1,0 +1,181 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kronsearch as ks
+from kronsearch.errors import BudgetError, DataError, ModelError, StudyError
+from kronsearch.models.apply import load_compressed
+from kronsearch.search.space import SearchSpace
+from kronsearch.training.task import Classification
+
+SPACE = SearchSpace(deep_fits=3)
+
+
+@pytest.fixture(scope="module")
+def found(digits_model, digits_data, tmp_path_factory):
+    """A search with two trials, and what it told."""
+    out, told = tmp_path_factory.mktemp("run") / "out", []
+    result = ks.search(
+        digits_model,
+        digits_data,
+        budget=ks.Budget(flops="50%", params="60%"),
+        trials=2,
+        space=SPACE,
+        out=out,
+        final_epochs=0.5,
+        model_spec="zoo:digits",
+        watch=told.append,
+    )
+    return result, told
+
+
+def test_the_network_is_inside_both_budgets_by_fvcore(found, digits_cost):
+    result, _ = found
+    cost = ks.profile_model(result.model, input_shape=(1, 8, 8))
+    assert (cost.macs, cost.params) == (result.plan.compressed.macs, result.plan.compressed.params)
+    assert cost.macs <= digits_cost.macs // 2
+    assert cost.params <= digits_cost.params * 6 // 10
+    assert result.gap <= 1e-3
+    assert result.compressed.n == result.dense.n == 359
+
+
+def test_three_counts_of_macs_agree(found, digits_cost):
+    result, _ = found
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        result.model(torch.zeros(1, 1, 8, 8))
+    cost = ks.profile_model(result.model, input_shape=(1, 8, 8))
+    fvcore = closed = 0
+    for name, layer in result.plan.layers.items():
+        dense = digits_cost.layer(name)
+        fvcore += sum(part.macs for part in cost.layers if part.name == name or part.name.startswith(f"{name}."))
+        closed += (
+            dense.kernel_macs
+            if layer.spec is None
+            else ks.sekron.count_macs(layer.spec, dense.geometry, dense.calls[0])
+        )
+    assert fvcore == closed == counter.get_total_flops() // 2
+
+
+def test_files_hold_what_the_result_does(found, digits_model):
+    result, _ = found
+    assert ks.load_plan(result.out / "plan.json") == result.plan
+    again = load_compressed(digits_model, result.out / "compressed.safetensors", result.plan)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), result.model.parameters(), strict=True))
+    assert pd.read_csv(result.out / "trials.csv")["trial"].tolist() == [0, 1]
+    assert sorted(path.name for path in result.out.iterdir()) == [
+        "compressed.safetensors",
+        "plan.json",
+        "study.db",
+        "trials.csv",
+    ]
+
+
+def test_the_plan_applied_with_data_is_what_the_search_scored(found, digits_model, digits_data):
+    result, _ = found
+    applied = ks.apply_plan(digits_model, result.plan, digits_data)
+    untuned = ks.search(
+        digits_model,
+        digits_data,
+        budget=ks.Budget(flops="50%", params="60%"),
+        trials=2,
+        space=SPACE,
+        storage=f"sqlite:///{result.out / 'study.db'}",
+        final_epochs=0,
+        model_spec="zoo:digits",
+    )
+    assert untuned.plan == result.plan
+    mine, theirs = applied.state_dict(), untuned.model.state_dict()
+    for name, value in mine.items():
+        assert torch.allclose(value.double(), theirs[name].double(), rtol=1e-4, atol=1e-5), name
+
+
+def test_every_phase_is_told_in_order(found):
+    _, told = found
+    phases = list(dict.fromkeys(step.phase for step in told))
+    assert phases == ["profile", "calibrate", "tables", "trials", "final", "test"]
+    trials = [step for step in told if step.phase == "trials"]
+    assert [step.done for step in trials] == [0, 1, 2]
+    assert trials[-1].best == max(step.best for step in trials[1:])
+
+
+def test_the_same_seed_gives_the_same_plan(found, digits_model, digits_data):
+    result, _ = found
+    again = ks.search(
+        digits_model,
+        digits_data,
+        budget=ks.Budget(flops="50%", params="60%"),
+        trials=2,
+        space=SPACE,
+        final_epochs=0,
+        model_spec="zoo:digits",
+    )
+    assert again.plan == result.plan
+    assert again.out is None
+
+
+def test_every_layer_left_dense_has_its_reason(digits_model):
+    space = SearchSpace(deep_fits=3, keep_dense=("conv1",))
+    result = ks.search(digits_model, budget=ks.Budget(flops="70%"), space=space, input_shape=(1, 8, 8))
+    assert "keeps 'conv1' dense" in result.plan.layers["conv1"].dense
+    assert result.dense is None
+    assert result.plan.score is None
+    assert len(result.trials) == 1
+
+
+def test_with_a_params_budget_alone_macs_do_not_grow(digits_model, digits_cost):
+    result = ks.search(digits_model, budget=ks.Budget(params="50%"), space=SPACE, input_shape=(1, 8, 8))
+    assert result.plan.compressed.params <= digits_cost.params // 2
+    assert result.plan.compressed.macs <= digits_cost.macs
+
+
+def test_a_frozen_network_is_fine_tuned_all_the_same(digits_data):
+    model = ks.load_model("zoo:digits").requires_grad_(False)
+    result = ks.search(
+        model, digits_data, budget=ks.Budget(flops="60%"), trials=1, space=SearchSpace(structures=("spatial",))
+    )
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_data, digits_cost, tmp_path):
+    out = tmp_path / "out"
+    small = ks.load_model("zoo:digits")
+    small.get_parameter("conv1.weight").data[0, 0, 0, 0] = float("nan")
+    wrong = ks.load_data("digits", seed=0)
+    wrong.task = Classification(classes=7)
+    for arguments, error, message in (
+        (
+            {"model": digits_model, "budget": ks.Budget(flops="1%"), "data": digits_data},
+            BudgetError,
+            "can't be reached",
+        ),
+        ({"model": digits_model, "budget": ks.Budget(flops="1G"), "data": digits_data}, BudgetError, "nothing needs"),
+        ({"model": small, "budget": ks.Budget(flops="50%"), "data": digits_data}, ModelError, "not finite"),
+        ({"model": digits_model, "budget": ks.Budget(flops="50%"), "data": wrong}, DataError, "classes"),
+        ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, "pass --input-shape"),
+    ):
+        with pytest.raises(error, match=message):
+            ks.search(**arguments, out=out)
+        assert not out.exists()
+
+
+def test_a_study_of_another_model_or_seed_is_refused(found, digits_data):
+    result, _ = found
+    other = ks.load_model("zoo:digits")
+    with torch.no_grad():
+        other.get_parameter("conv1.weight").mul_(1.01)
+    with pytest.raises(StudyError, match="weights was"):
+        ks.search(other, digits_data, budget=ks.Budget(flops="50%", params="60%"), out=result.out, space=SPACE)
+
+
+def test_the_plan_is_json_that_says_where_it_comes_from(found):
+    result, _ = found
+    content = json.loads((result.out / "plan.json").read_text())
+    assert content["provenance"]["trial"] == result.plan.provenance.trial
+    assert content["score"]["metric"] == "accuracy"
+    assert content["model"]["spec"] == "zoo:digits"
+    assert set(content["provenance"]["versions"]) >= {"kronsearch", "torch", "optuna", "fvcore"}
