@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kronsearch.sekron.fit import fit
@@ -11,6 +12,8 @@ from kronsearch.sekron.svd import recursive_svd
 from kronsearch.sekron.tensors import as_factors, balance, reconstruct, unfold_kernel
 
 __all__ = ["decompose", "relative_error"]
+
+_LARGE = 2**19  # entries above which a joint fit of a kernel that is not float64 itself is done in float32
 
 
 def decompose(
@@ -40,6 +43,8 @@ def decompose(
     if metric is not None:
         tensor = metric.weight(tensor, shapes)
     joint = length > 2 and refine is not False
+    if joint and kernel.dtype != torch.float64 and tensor.numel() > _LARGE:
+        tensor = tensor.float()
     matrices = fit(tensor, spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
     if metric is not None:
         matrices = metric.unweight(matrices, shapes)
