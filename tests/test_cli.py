@@ -60,6 +60,7 @@ def calls(monkeypatch, plan):
     double = ModuleType("kronsearch.search.run")
     double.search = search  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kronsearch.search.run", double)
+    monkeypatch.setattr("kronsearch.models.apply.measured", lambda plan, model, small: plan)
     return calls
 
 
@@ -280,3 +281,24 @@ def env() -> dict[str, str]:
 def test_each_command_has_a_help():
     for name in commands.__all__:
         assert f" {name} [OPTIONS]" in invoke(name, "--help").stdout
+
+
+def test_apply_warns_of_a_network_above_the_plans_budget(calls, plan, monkeypatch):
+    save_plan(plan, "plan.json")
+    over = plan.model_copy(
+        update={
+            "compressed": plan.dense,
+            "budget": plan.budget.model_copy(update={"max_macs": plan.dense.macs - 1, "max_params": None}),
+        }
+    )
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda *args, **options: None)
+    monkeypatch.setattr("kronsearch.models.apply.save_compressed", lambda *args: None)
+    monkeypatch.setattr("kronsearch.models.apply.measured", lambda plan, model, small: over)
+    result = invoke("apply", "plan.json", "--model", "zoo:digits", "--out", "small.safetensors")
+    assert f"are above the plan's budget of {plan.dense.macs - 1}" in result.stderr
+
+
+def test_apply_writes_safetensors_only(calls, plan):
+    save_plan(plan, "plan.json")
+    result = invoke("apply", "plan.json", "--model", "zoo:digits", "--out", "small.pt", code=2)
+    assert "pass a name such as small.safetensors" in result.stderr
