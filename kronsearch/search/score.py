@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronsearch.models.apply import factorise, replace_layers, settle, stream
 from kronsearch.plan import Decomposition
-from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.sekron.layers import SeKronLayer, kernels_formed
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.data import Data
@@ -27,6 +27,7 @@ _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tel
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _RATE = 2.5e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
 _HIGHEST_RATE = 6e-4  # (ResNet-32 at a third of the MACs: at 62 steps 1e-4 gains 0.6 points, 1e-3 loses 1.5)
+_SETTLING_IMAGES = 10_000  # after the final fine-tune, whose running averages are of a few batches
 _PROXY, _FINAL = 11, 12  # streams of random numbers
 
 
@@ -80,16 +81,17 @@ class Scorer:
 
     def validate(self, model: nn.Module) -> Evaluation:
         """Evaluate on (a fixed subset of) the validation split."""
-        return evaluate(
-            model,
-            self.data,
-            "val",
-            teacher_outputs=self._teacher,
-            limit=_VALIDATION,
-            batch_size=_VALIDATION_BATCH,
-            device=self.device,
-            precision=self._precision,
-        )
+        with kernels_formed(model):
+            return evaluate(
+                model,
+                self.data,
+                "val",
+                teacher_outputs=self._teacher,
+                limit=_VALIDATION,
+                batch_size=_VALIDATION_BATCH,
+                device=self.device,
+                precision=self._precision,
+            )
 
     def proxy(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
         """Fine-tune a little, in place, and yield an evaluation now and then; the last is the score.
@@ -103,11 +105,12 @@ class Scorer:
             yield self.validate(model)
 
     def final(self, model: nn.Module, epochs: float, seed: int, watch: Callable[[StepReport], None]) -> bool:
-        """Fine-tune for so many epochs, in place; return whether the loss stayed finite."""
+        """Fine-tune for so many epochs and re-estimate batch norms, in place; return whether the loss stayed finite."""
         for report in self._finetune(model, self._settings(epochs)[0], stream(seed, _FINAL), 10):
             if not math.isfinite(report.loss):
                 return False
             watch(report)
+        settle(model, self.data, images=_SETTLING_IMAGES, seed=self.settings.seed, device=self.device)
         return True
 
     def _settings(self, epochs: float) -> tuple[TrainSettings, int]:

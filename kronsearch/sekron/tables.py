@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from kronsearch.sekron.fit import fit, grow
+from kronsearch.sekron.fit import fit, fitting_dtype, grow
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.tensors import unfold_kernel
 
 __all__ = ["ErrorTable", "cp_table", "pair_table", "rank_grid"]
 
-_STEP_SWEEPS = 30  # at each rank of a warm-started ladder; measured within 10 % of 300 sweeps from scratch
-_LARGE = 2**19  # entries of a kernel above which a third of the sweeps must do: they take seconds there
+_STEP_SWEEPS = 60  # at each rank of a warm-started ladder: within some percent of a full fit where errors matter
+_LARGE_STEP_SWEEPS = 12  # of a large kernel, where they take seconds
 _NO_ERROR = 1e-12  # float32 fits are no better, and a logarithm is taken
 
 
@@ -65,14 +65,14 @@ def cp_table(
     """Return errors of a sequence of three factors or more with the ranks (R, 1, …), R up to the highest.
 
     The kernel is fitted at rank 1 and `fits` others in equal ratios, each fit starting from the one before it. Fitted
-    errors are upper bounds: a longer fit is lower by some percent. Between them the error is interpolated (it is smooth
-    in the rank) at three times as many ranks.
+    errors are upper bounds: a longer fit is lower, by some percent where the error is above a hundredth. Between them
+    the error is interpolated (it is smooth in the rank) at three times as many ranks.
     """
-    tensor = unfold_kernel(kernel.detach().float(), factor_shapes)
+    tensor = unfold_kernel(kernel.detach().to(fitting_dtype(kernel)), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     ones = (1,) * (len(factor_shapes) - 2)
-    sweeps = _STEP_SWEEPS if tensor.numel() <= _LARGE else _STEP_SWEEPS // 3
+    sweeps = _STEP_SWEEPS if tensor.dtype == torch.float64 else _LARGE_STEP_SWEEPS
     matrices: list[Tensor] | None = None
     fitted = rank_grid(highest, points=fits)
     errors: list[float] = []

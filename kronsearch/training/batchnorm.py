@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from kronsearch.sekron.layers import kernels_formed
 from kronsearch.training.data import Data, endless_train_batches
 from kronsearch.training.precision import eval_mode, forward, precision_for
 
@@ -31,7 +32,7 @@ def reestimate_batchnorm(
         return
     precision = precision_for(device)
     momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), kernels_formed(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()

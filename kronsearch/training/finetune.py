@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kronsearch.sekron.layers import kernels_formed
 from kronsearch.training.data import Data, endless_train_batches, train_batch_count
 from kronsearch.training.precision import Precision, eval_mode, forward, precision_for
 from kronsearch.training.task import Task
@@ -101,7 +102,8 @@ def finetune_steps(
                 group["lr"] = rate
             inputs, targets = next(batches)
             with _own_randomness(generator, device):
-                outputs = forward(model, inputs, precision)
+                with kernels_formed(model):
+                    outputs = forward(model, inputs, precision)
                 teacher_outputs = _teacher_outputs(teacher, inputs, precision, settings)
                 loss = _loss(outputs, targets, teacher_outputs, data.task, settings)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, reconstruct
-from kronsearch.sekron.layers import conv_geometry
+from kronsearch.sekron.layers import conv_geometry, kernels_formed
 
 EXACT = 1e-10  # float64: sums of some hundred products of order one
 # Each stage rounds its result to the dtype; of the largest output, over at most four stages.
@@ -78,6 +78,9 @@ class LayerConformance:
         """Return a dense layer with the same settings; its weights don't matter."""
         raise NotImplementedError
 
+    def run(self, layer: nn.Module, data: Tensor) -> Tensor:
+        return layer(data)
+
     def dense_forward(self, case, layer, factors, bias, data, indexed_kernel) -> Tensor:
         """Run the dense layer with the kernel of these factors."""
         kernel = indexed_kernel(factors, case.spec.factor_shapes, case.spec.ranks)
@@ -90,7 +93,7 @@ class LayerConformance:
         layer = self.create(case)
         data = draw(case.input_shape).requires_grad_()
         factors = list(layer.factors)
-        found = layer(data)
+        found = self.run(layer, data)
         expected = self.dense_forward(case, layer, factors, layer.bias, data, indexed_kernel)
         close(found, expected, EXACT)
         towards = draw(tuple(found.shape), seed=2)
@@ -242,6 +245,14 @@ class TestConvGrid(ConvCases, LayerConformance):
     )
 
 
+class TestConvWithItsKernelFormed(ConvCases, LayerConformance):
+    CASES = TestConvGrid.CASES[::3]
+
+    def run(self, layer: nn.Module, data: Tensor) -> Tensor:
+        with kernels_formed(nn.Sequential(layer)):
+            return layer(data)
+
+
 class TestConvLife(ConvCases, LayerLife):
     CASES = tuple(
         conv_case(spec, CONV_OPTIONS[options], bias=options % 2 == 0)
@@ -388,6 +399,28 @@ def test_full_ranks_are_the_same_layer(shapes, ranks):
     layer = SeKronConv2d.from_conv(conv, SeKronSpec(shapes, ranks))
     data = draw((2, 4, 6, 7))
     close(layer(data), conv(data), EXACT if len(ranks) == 1 else 1e-6)  # a joint fit stops near rounding
+
+
+def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch):
+    layer = SeKronConv2d.from_conv(nn.Conv2d(4, 6, 3), SeKronSpec(((6, 1, 1, 1), (1, 4, 3, 3)), (3,)))
+    data = draw((1, 4, 5, 5), dtype=torch.float32)
+    weights: list[Tensor] = []
+    conv2d = nn.functional.conv2d
+
+    def spy(data: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        weights.append(weight)
+        return conv2d(data, weight, *others)
+
+    monkeypatch.setattr(nn.functional, "conv2d", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16), kernels_formed(layer):
+        layer(data)
+    assert [tuple(weight.shape) for weight in weights] == [(6, 4, 3, 3)]
+    assert weights[0].dtype == torch.float32
+    with pytest.raises(RuntimeError, match="channels"), kernels_formed(layer):
+        layer(data[:, :3])
+    weights.clear()
+    layer(data)
+    assert len(weights) == 2
 
 
 @pytest.mark.parametrize("groups", [2, 4])
