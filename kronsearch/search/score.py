@@ -12,6 +12,7 @@ from kronsearch.plan import Decomposition
 from kronsearch.sekron.layers import SeKronLayer, kernels_formed
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate, outputs
 from kronsearch.training.finetune import StepReport, TrainSettings, finetune_steps, total_steps
@@ -26,7 +27,7 @@ _VALIDATION_BATCH = 125  # small, so that the score's standard error comes from 
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _RATE = 2.5e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
-_HIGHEST_RATE = 6e-4  # (ResNet-32 at a third of the MACs: at 62 steps 1e-4 gains 0.6 points, 1e-3 loses 1.5)
+_HIGHEST_RATE = 2e-4  # (ResNet-32 at a third of the MACs: at 62 steps 1e-4 gains 0.6 points, 1e-3 loses 1.5)
 _SETTLING_IMAGES = 10_000  # after the final fine-tune, whose running averages are of a few batches
 _PROXY, _FINAL = 11, 12  # streams of random numbers
 
@@ -126,6 +127,7 @@ class Scorer:
             self.data,
             settings,
             teacher=self.dense,
+            blocks=block_names(name for name, module in model.named_modules() if isinstance(module, SeKronLayer)),
             generator=generator,
             device=self.device,
             report_every=every,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.sekron.layers import kernels_formed
+from kronsearch.training.blocks import feature_distance, recorded_outputs
 from kronsearch.training.data import Data, endless_train_batches, train_batch_count
 from kronsearch.training.precision import Precision, eval_mode, forward, precision_for
 from kronsearch.training.task import Task
@@ -23,9 +24,10 @@ class TrainSettings:
 
     `epochs` may be a fraction. The rate climbs linearly to `lr` over the `warmup` fraction of the steps, then falls as
     a cosine to zero. The loss is `label_weight` × the task's loss + the rest × the divergence from the teacher, with
-    both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015);
-    without a teacher the label weight is 1. `weight_decay` holds for tensors of two or more dimensions. Gradients are
-    scaled down to a norm of at most `clip_norm`.
+    both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015),
+    + `feature_weight` × the relative squared distance of the blocks' outputs (FitNets: Romero et al., 2015); without a
+    teacher the label weight is 1 and the others are 0. `weight_decay` holds for tensors of two or more dimensions.
+    Gradients are scaled down to a norm of at most `clip_norm`.
     """
 
     epochs: float
@@ -35,6 +37,7 @@ class TrainSettings:
     warmup: float = 0.05
     label_weight: float = 0.0
     temperature: float = 4.0
+    feature_weight: float = 10.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -42,8 +45,10 @@ class TrainSettings:
             raise ValueError(f"epochs, batch_size, lr and clip_norm must be positive, epochs finite: {self}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive: {self}")
-        if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1 and self.weight_decay >= 0):
-            raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1], weight_decay not negative: {self}")
+        if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1):
+            raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1]: {self}")
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.feature_weight < math.inf):
+            raise ValueError(f"weight_decay and feature_weight must be finite and not negative: {self}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def finetune_steps(
     settings: TrainSettings,
     *,
     teacher: nn.Module | None = None,
+    blocks: Sequence[str] = (),
     generator: torch.Generator,
     device: str | torch.device = "cpu",
     report_every: int | None = None,
@@ -84,13 +90,15 @@ def finetune_steps(
 
     Model and teacher must be on `device`. Between reports the caller may use the model as it likes, or stop: closing
     the iterator (or dropping it) leaves the model in eval mode with the weights of the last step and no gradients. The
-    teacher is run in eval mode. All randomness, that of dropout too, comes from `generator` (a CPU generator): the
+    teacher is run in eval mode. `blocks` are dotted names of modules that both have, whose outputs the student shall
+    come near to. All randomness, that of dropout too, comes from `generator` (a CPU generator): the
     global generators are left as they were. Raises DataError or ModelError from the task and the forward pass.
     """
     device = torch.device(device)
     steps = total_steps(settings, data.size("train"))
     optimizer = _optimizer(model, settings, device)
     precision = precision_for(device)
+    watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
     batches = endless_train_batches(data, settings.batch_size, generator=generator, device=device)
     reported, examples, loss_sum = 0, 0, torch.zeros((), device=device)
     started = time.perf_counter()
@@ -102,10 +110,12 @@ def finetune_steps(
                 group["lr"] = rate
             inputs, targets = next(batches)
             with _own_randomness(generator, device):
-                with kernels_formed(model):
+                wanted, wanted_features = _teacher_outputs(teacher, inputs, precision, settings, watched)
+                with kernels_formed(model), recorded_outputs(model, watched) as features:
                     outputs = forward(model, inputs, precision)
-                teacher_outputs = _teacher_outputs(teacher, inputs, precision, settings)
-                loss = _loss(outputs, targets, teacher_outputs, data.task, settings)
+                loss = _loss(outputs, targets, wanted, data.task, settings)
+                if wanted_features:
+                    loss = loss + settings.feature_weight * feature_distance(features, wanted_features)
                 loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             optimizer.step()
@@ -132,11 +142,14 @@ def finetune(
     settings: TrainSettings,
     *,
     teacher: nn.Module | None = None,
+    blocks: Sequence[str] = (),
     generator: torch.Generator,
     device: str | torch.device = "cpu",
 ) -> StepReport:
     """Train `model` in place to the end (see `finetune_steps`), leave it in eval mode, and return the one report."""
-    (report,) = finetune_steps(model, data, settings, teacher=teacher, generator=generator, device=device)
+    (report,) = finetune_steps(
+        model, data, settings, teacher=teacher, blocks=blocks, generator=generator, device=device
+    )
     return report
 
 
@@ -153,12 +166,18 @@ def _loss(
 
 
 def _teacher_outputs(
-    teacher: nn.Module | None, inputs: Tensor, precision: Precision, settings: TrainSettings
-) -> Tensor | None:
-    if teacher is None or settings.label_weight == 1:
-        return None
-    with torch.no_grad(), eval_mode(teacher):
-        return forward(teacher, inputs, precision)
+    teacher: nn.Module | None,
+    inputs: Tensor,
+    precision: Precision,
+    settings: TrainSettings,
+    blocks: Sequence[str],
+) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    """Return the teacher's outputs and those of its blocks, where the loss needs either."""
+    if teacher is None or (settings.label_weight == 1 and not blocks):
+        return None, {}
+    with torch.no_grad(), eval_mode(teacher), recorded_outputs(teacher, blocks) as features:
+        outputs = forward(teacher, inputs, precision)
+    return outputs, features
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:

@@ -50,6 +50,10 @@ def test_training_learns_and_leaves_eval_mode(make_data, make_network):
     assert evaluate(network, data, "test").metric == 1.0 > before.metric
 
 
+def functional_features(network, images):
+    return F.conv2d(images, network.conv.weight, network.conv.bias, padding=1)
+
+
 def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
     """Distillation with weight decay, warm-up and clipping, against AdamW's formulas written out."""
     data, network, teacher = make_data(), make_network(0), make_network(1)
@@ -61,6 +65,7 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
         warmup=0.0,
         label_weight=0.25,
         temperature=2.0,
+        feature_weight=0.5,
         clip_norm=0.05,
     )
     rates = [0.01, 0.005]
@@ -71,9 +76,11 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
         ((images, labels),) = list(data.train_batches(30, generator=generator))
         torch.randint(2**62, (), generator=generator)  # the seed of dropout
         logits, goal = expected(images), teacher(images).detach()
+        feature, wanted = functional_features(expected, images), functional_features(teacher, images).detach()
         cool, cool_goal = (logits / 2).log_softmax(1), (goal / 2).log_softmax(1)
         divergence = 4 * (cool_goal.exp() * (cool_goal - cool)).sum(1).mean()
         loss = 0.75 * divergence + 0.25 * F.cross_entropy(logits, labels)
+        loss = loss + 0.5 * (feature - wanted).square().sum() / wanted.square().sum()
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
         assert norm > settings.clip_norm
@@ -87,7 +94,7 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
                     parameter.mul_(1 - rates[step - 1] * settings.weight_decay)
                 direction = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
                 parameter.sub_(rates[step - 1] * direction)
-    finetune(network, data, settings, teacher=teacher, generator=seeded(5))
+    finetune(network, data, settings, teacher=teacher, blocks=["conv"], generator=seeded(5))
     for name, parameter in network.named_parameters():
         # conv.bias has no influence behind a batch norm: its gradient is rounding noise, which Adam blows up.
         if name != "conv.bias":
@@ -105,6 +112,19 @@ def test_distillation_brings_the_outputs_to_the_teachers(make_data, make_network
     assert all(torch.equal(tensor, weights[name]) for name, tensor in teacher.state_dict().items())
     assert all(module.training for module in teacher.modules())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_features_come_near_to_the_teachers(make_data, make_network):
+    data, teacher = make_data(), make_network(1)
+    (images, _), *_ = data.batches("val", 12)
+    apart = []
+    for weight in (0.0, 10.0):
+        student = make_network(0)
+        settings = TrainSettings(epochs=30, batch_size=10, lr=0.02, feature_weight=weight)
+        finetune(student, data, settings, teacher=teacher, blocks=["conv"], generator=seeded())
+        with torch.no_grad():
+            apart.append((student.conv(images) - teacher.conv(images)).norm() / teacher.conv(images).norm())
+    assert apart[1] < 0.2 < 0.5 < apart[0]
 
 
 def test_with_a_label_weight_of_one_the_teacher_is_not_run(make_data, make_network):
