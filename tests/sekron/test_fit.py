@@ -1,4 +1,4 @@
-"""The joint fit: it finds what the recursion can't, and its error never rises."""
+"""The joint fit: it finds what the recursion can't, its objective never rises, and its terms don't cancel."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kronsearch.sekron.fit import begin, fit, grow, largest_terms, solve, sweep
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import balance, contract
+from kronsearch.sekron.tensors import balance, contract, leaves
 
 
 def tree_matrices(sizes, ranks, generator):
@@ -36,27 +36,45 @@ def test_tensors_of_tree_ranks_are_found(ranks, seed, naive_outer):
     assert squared_error(tensor, matrices, ranks, naive_outer) ** 0.5 <= 1e-5
 
 
+def squared_norms(matrices, ranks, naive_outer):
+    """Sum the squared norms of all terms, by the sum of outer products of squared entries."""
+    return float(naive_outer([matrix.square() for matrix in matrices], ranks).sum())
+
+
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=2, max_size=4),
     seed=st.integers(0, 2**16),
+    weight=st.sampled_from([0.0, 0.01, 1.0]),
     data=st.data(),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-@settings(deadline=None, max_examples=40)
-def test_the_squared_error_never_rises_between_sweeps(sizes, seed, data, dtype):
+@settings(deadline=None, max_examples=60)
+def test_the_objective_never_rises_between_sweeps(sizes, seed, weight, data, dtype, naive_outer):
     generator = torch.Generator().manual_seed(seed)
     tensor = torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
     ranks = [data.draw(st.integers(1, 3)) for _ in sizes[1:]]
     matrices = balance(begin(tensor, ranks), ranks)
     energy = float(tensor.square().sum())
     rounding = 100 * torch.finfo(dtype).eps  # of the energy, from which the claimed error is a difference
-    last = float((tensor - contract(matrices, ranks)).square().sum())
+    last = None
     for _ in range(15):
-        claimed = sweep(tensor, matrices, ranks)
+        squared, norms = sweep(tensor, matrices, ranks, weight)
         now = float((tensor - contract(matrices, ranks)).square().sum())
-        assert claimed == pytest.approx(now, abs=rounding * energy)
-        assert now <= last + rounding * energy
-        last = now
+        assert squared == pytest.approx(now, abs=rounding * energy)
+        assert norms == pytest.approx(squared_norms(matrices, ranks, naive_outer), rel=1e-3, abs=rounding * energy)
+        objective = now + weight * norms
+        assert last is None or objective <= last + rounding * energy * (1 + norms / energy)
+        last = objective
+
+
+def test_terms_that_would_cancel_are_restrained(naive_outer):
+    """A tensor of rank 3 and border rank 2, which two ever larger terms come ever nearer to."""
+    a, b = torch.eye(2, dtype=torch.float64)
+    outer = [torch.einsum("i,j,k->ijk", *parts) for parts in ((a, a, b), (a, b, a), (b, a, a))]
+    tensor = outer[0] + outer[1] + outer[2]
+    matrices, error = fit(tensor, (2, 1), sweeps=2000, tolerance=0.0)
+    assert error < 0.35
+    assert squared_norms(matrices, (2, 1), naive_outer) < 10 * float(tensor.square().sum())
 
 
 @pytest.mark.parametrize(("sizes", "ranks"), [((5, 6, 7), (4, 1)), ((5, 6, 7), (2, 3)), ((3, 4, 5, 3), (2, 2, 2))])
@@ -72,8 +90,10 @@ def test_a_fit_is_better_than_the_recursion_and_balanced(sizes, ranks, generator
 @pytest.mark.parametrize(("sizes", "ranks"), [((4, 5, 6), (3, 1)), ((4, 5, 6), (2, 2)), ((3, 2, 4, 3), (2, 1, 2))])
 def test_a_converged_fit_has_no_gradient(sizes, ranks, generator):
     tensor = torch.randn(sizes, generator=generator, dtype=torch.float64)
-    matrices = [m.requires_grad_() for m in fit(tensor, ranks, sweeps=3000, tolerance=0.0)[0]]
-    loss = (tensor - contract(matrices, ranks)).square().sum()
+    matrices, error = fit(tensor, ranks, sweeps=3000, tolerance=0.0)
+    matrices = [m.requires_grad_() for m in matrices]
+    norms = torch.stack([row.norm(dim=1) for row in leaves(matrices, ranks)]).prod(0).square().sum()
+    loss = (tensor - contract(matrices, ranks)).square().sum() + 0.03 * error * norms
     gradients = torch.autograd.grad(loss, matrices)
     assert max(float(g.norm()) for g in gradients) < 1e-3 * float(tensor.norm())
 
@@ -84,7 +104,7 @@ def test_one_sweep_solves_each_factor_as_least_squares_does(generator, naive_out
     tensor = torch.randn(sizes, generator=generator, dtype=torch.float64)
     matrices = tree_matrices(sizes, ranks, generator)
     by_hand = [m.clone() for m in matrices]
-    sweep(tensor, matrices, ranks)
+    sweep(tensor, matrices, ranks, 0.0)
     for k in range(3):
         design = []
         for entry in range(by_hand[k].numel()):
@@ -94,7 +114,7 @@ def test_one_sweep_solves_each_factor_as_least_squares_does(generator, naive_out
             design.append(naive_outer(with_unit, ranks).ravel())
         best = np.linalg.lstsq(np.stack(design, 1), tensor.numpy().ravel(), rcond=None)[0]
         by_hand[k] = torch.from_numpy(best).reshape(by_hand[k].shape)
-    for found, expected in zip(matrices, by_hand, strict=True):  # apart by the proximal term, a millionth
+    for found, expected in zip(matrices, by_hand, strict=True):  # apart by the proximal term
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
@@ -115,7 +135,7 @@ def test_more_terms_than_the_tensor_needs_are_exact(generator):
 def test_factors_of_extent_one_are_fitted(generator):
     tensor = torch.randn(1, 6, 1, 5, generator=generator, dtype=torch.float64)
     assert fit(tensor, (1, 3, 1))[1] == pytest.approx(
-        float((torch.linalg.svdvals(tensor[0, :, 0])[3:] ** 2).sum() / tensor.square().sum()), rel=1e-6
+        float((torch.linalg.svdvals(tensor[0, :, 0])[3:] ** 2).sum() / tensor.square().sum()), rel=1e-3
     )
 
 
