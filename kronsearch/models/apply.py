@@ -12,7 +12,8 @@ from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_sa
 from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
 from kronsearch.plan import Cost, Plan, parse_plan
-from kronsearch.sekron.layers import SeKronConv2d, SeKronLayer, SeKronLinear, conv_geometry
+from kronsearch.sekron.convolution import conv_like
+from kronsearch.sekron.layers import Conv, SeKronLayer, SeKronLinear
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
@@ -88,13 +89,13 @@ def factorise(layer: nn.Module, spec: SeKronSpec, metric: Metric | None = None) 
     """Return the factorised layer of a dense one.
 
     Raises:
-        PlanError: the layer is neither a `Conv2d` nor a `Linear`.
+        PlanError: the layer is neither a convolution nor a `Linear`.
     """
-    if isinstance(layer, nn.Conv2d):
-        return SeKronConv2d.from_conv(layer, spec, metric=metric)
+    if isinstance(layer, Conv):
+        return conv_like(layer).from_conv(layer, spec, metric=metric)
     if isinstance(layer, nn.Linear):
         return SeKronLinear.from_linear(layer, spec, metric=metric)
-    raise PlanError(f"a {type(layer).__name__} can't be factorised, only Conv2d and Linear can")
+    raise PlanError(f"a {type(layer).__name__} can't be factorised, only Conv1d, Conv2d, Conv3d and Linear can")
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -111,12 +112,17 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for name, spec in plan.replaced.items():
         layer = modules.get(name)
-        shape = tuple(layer.weight.shape) if isinstance(layer, nn.Conv2d | nn.Linear) else None
+        shape = tuple(layer.weight.shape) if isinstance(layer, Conv | nn.Linear) else None
         if shape != spec.kernel_shape:
             found = "no such layer" if layer is None else f"a {type(layer).__name__} of kernel shape {shape}"
             raise PlanError(
                 f"the plan ({_made_for(plan)}) replaces {name!r} of kernel shape {spec.kernel_shape}, the model has "
                 f"{found}: pass a checkpoint of the network that the plan was made for"
+            )
+        if isinstance(layer, Conv) and spec.factor_shapes[0][0] % layer.groups:
+            raise PlanError(
+                f"the plan ({_made_for(plan)}) replaces {name!r} by {spec}, which the model's layer of {layer.groups} "
+                "groups can't be: pass a checkpoint of the network that the plan was made for"
             )
     cost = profile_model(model, input_shape=plan.input_shape)
     for name in plan.replaced:
@@ -181,15 +187,7 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
 
 def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:
     """Return the factorised layer of a dense one with factors of zeros."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    weight, bias = layer.weight, layer.bias is not None
-    if isinstance(layer, nn.Conv2d):
-        return SeKronConv2d(
-            spec,
-            conv_geometry(layer),
-            bias=bias,
-            padding_mode=layer.padding_mode,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-    return SeKronLinear(spec, bias=bias, dtype=weight.dtype, device=weight.device)
+    if isinstance(layer, Conv):
+        return conv_like(layer).empty(layer, spec)
+    assert isinstance(layer, nn.Linear)
+    return SeKronLinear(spec, bias=layer.bias is not None, dtype=layer.weight.dtype, device=layer.weight.device)

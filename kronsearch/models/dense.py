@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["KERNEL_OWNERS", "Watched", "dense_reasons", "watch_forward"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 KERNEL_OWNERS = (*_CONVOLUTIONS, nn.Linear)  # the classes whose `weight` is a kernel
 
 
@@ -98,7 +99,7 @@ def _sizes(module: nn.Module, value: Any) -> list[tuple[int, ...]]:
 
 
 def dense_reasons(model: nn.Module, watched: Watched) -> dict[str, str | None]:
-    """Return by name why each module can't be replaced, None for a plain Conv2d or Linear that can.
+    """Return by name why each module can't be replaced, None for a plain convolution or linear layer that can.
 
     A module registered under several names stands under its first. `watched` is the report of `watch_forward`.
     """
@@ -129,21 +130,32 @@ def _kind_reason(module: nn.Module) -> str | None:
         return "transposed convolution"
     if is_parametrized(module):
         return "parametrized weight"
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        base = next((b.__name__ for b in (nn.Conv2d, nn.Linear) if isinstance(module, b)), None)
-        return f"{kind} is a {base} with code of its own" if base else f"{kind} is neither Conv2d nor Linear"
+    base = next((base for base in _REPLACEABLE if isinstance(module, base)), None)
+    if base is None:
+        return f"{kind} is neither a convolution nor Linear"
+    if _has_code_of_its_own(type(module), base):
+        return f"{kind} is a {base.__name__} with code of its own"
     weight = module._parameters.get("weight")
     if weight is None:
         return "weight is computed from others (weight norm, pruning)"
     if not weight.is_floating_point():
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return "grouped convolution"
     if "forward" in module.__dict__:
         return "forward is replaced on the instance"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
     return None
+
+
+def _has_code_of_its_own(kind: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Tell whether a subclass defines anew what its base has, other than how it is made and shown.
+
+    One that does not, such as torchvision's Conv3DSimple, runs as its base.
+    """
+    own = {name for ancestor in kind.__mro__[: kind.__mro__.index(base)] for name in vars(ancestor)}
+    own -= {"reset_parameters", "extra_repr"}
+    called = ("__call__", "__getattr__", "__getattribute__")
+    return any(name in called or (hasattr(base, name) and not name.startswith("__")) for name in own)
 
 
 def _use_reason(name: str, watched: Watched, *, aliases: list[str], sharers: list[str]) -> str | None:

@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from kronsearch.errors import ModelError
 from kronsearch.models.dense import KERNEL_OWNERS, Watched, dense_reasons, watch_forward
 from kronsearch.models.trace_ops import FREE_OPS, HANDLERS
+from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.execution import Geometry, dense_macs
-from kronsearch.sekron.layers import conv_geometry
+from kronsearch.sekron.layers import Conv
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a loss that nobody here uses
@@ -35,9 +36,9 @@ class LayerCost:
     kernel_shape: shape of the weight of a convolution or linear layer, None if that is not a parameter of the module
     macs: multiply-accumulates for one example, all calls together
     params: entries of its own parameters
-    calls: one entry a call and image: the spatial input size (H, W) of a convolution, (rows,) of a linear layer
+    calls: one entry a call and image: the spatial input size of a convolution, (rows,) of a linear layer
     keeps_dense: why it can't be replaced, None if it can
-    geometry: stride, dilation and padding of a layer that can be replaced, None of others
+    geometry: stride, dilation, padding and groups of a layer that can be replaced, None of others
     """
 
     name: str
@@ -134,7 +135,7 @@ def _layers(model: nn.Module, macs: dict[str, int], watched: Watched) -> tuple[L
 
 
 def _geometry(module: nn.Module) -> Geometry | None:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, Conv):
         return conv_geometry(module)
     return Geometry() if isinstance(module, nn.Linear) else None
 

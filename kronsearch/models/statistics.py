@@ -4,12 +4,14 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kronsearch.sekron.layers import conv_geometry
+from kronsearch.sekron.convolution import conv_geometry
+from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
 from kronsearch.training.data import Data, endless_train_batches
 from kronsearch.training.precision import eval_mode, forward
@@ -25,62 +27,81 @@ _CHUNK = 2**24  # entries of unfolded patches in memory at a time
 class _Layer:
     """The sums for one layer."""
 
-    def __init__(self, name: str, layer: nn.Conv2d | nn.Linear, images: int) -> None:
+    def __init__(self, name: str, layer: Conv | nn.Linear, images: int) -> None:
         self.layer, self.images = layer, images
         # of its own: which other layers are looked at changes nothing for this one
         self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         width = layer.weight[0].numel()
+        self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         self.inputs = torch.zeros(width, width, device=layer.weight.device)
-        self.mean = torch.zeros(width, device=layer.weight.device)
+        self.mean = torch.zeros(self.groups, width, device=layer.weight.device)
         self.outputs = torch.zeros(len(layer.weight), len(layer.weight), device=layer.weight.device)
-        self.patches = 0
+        self.patches = 0  # of each group
         self.before_norm = False
 
     def see_inputs(self, data: Tensor) -> None:
         for patches in self._patches(data.detach().float()):
-            self.inputs.addmm_(patches.T, patches)
-            self.mean += patches.sum(0)
-            self.patches += len(patches)
+            rows = patches.flatten(0, -2)
+            self.inputs.addmm_(rows.T, rows)
+            self.mean += patches.sum((0, 2))
+            self.patches += len(rows) // self.groups
 
     def see_gradients(self, gradient: Tensor) -> None:
         rows = gradient.detach().float()
-        rows = (
-            rows.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(self.layer, nn.Conv2d) else rows.flatten(0, -2)
-        )
+        if isinstance(self.layer, nn.Linear):
+            rows = rows.flatten(0, -2)
+        else:
+            rows = self._batched(rows).flatten(2).mT.flatten(0, 1)
         self.outputs.addmm_(rows.T, rows)
 
+    def _batched(self, data: Tensor) -> Tensor:
+        """View what enters or leaves a convolution, which may do without a batch, as a batch."""
+        return data.reshape(-1, *data.shape[1 - self.layer.weight.ndim :])
+
     def _patches(self, data: Tensor) -> Iterable[Tensor]:
-        """Yield the inputs of every output, or of a grid of them, as rows (patches, C·prod(extent))."""
+        """Yield the inputs of every output, or of a grid of them, (examples, groups, patches, C·prod(extent))."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
             rows = data.flatten(0, -2)
             step = math.ceil(len(rows) / len(data) * self.images / _MOST_PATCHES)
-            yield rows[self._offset(step, len(rows)) :: step]
+            yield rows[self._offset(step, len(rows)) :: step][None, None]
             return
+        data = self._batched(data)
         geometry = conv_geometry(layer)
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         data = F.pad(data, [n for pair in reversed(geometry.padding) for n in pair], mode=mode)
-        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        high, wide = ((n - span - 1) // s + 1 for n, span, s in zip(data.shape[2:], spans, layer.stride, strict=True))
-        step = math.ceil(math.sqrt(high * wide * self.images / _MOST_PATCHES))
-        top, left = self._offset(step, high) * layer.stride[0], self._offset(step, wide) * layer.stride[1]
-        data = data[:, :, top:, left:]
-        stride = (layer.stride[0] * step, layer.stride[1] * step)
-        examples = max(1, _CHUNK // (layer.weight[0].numel() * math.ceil(high / step) * math.ceil(wide / step)))
+        spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        counts = [(n - span) // s + 1 for n, span, s in zip(data.shape[2:], spans, layer.stride, strict=True)]
+        seen = prod(counts) * self.images * layer.groups
+        step = math.ceil((seen / _MOST_PATCHES) ** (1 / len(spans)))
+        kept = 1
+        for axis, (span, stride, dilation, count) in enumerate(
+            zip(spans, layer.stride, layer.dilation, counts, strict=True)
+        ):
+            first = self._offset(step, count)
+            kept *= len(range(first, count, step))
+            data = data.narrow(2 + axis, first * stride, data.shape[2 + axis] - first * stride)
+            data = data.unfold(2 + axis, span, stride * step)[..., ::dilation]
+        examples = max(1, _CHUNK // (layer.groups * layer.weight[0].numel() * kept))
         for chunk in torch.split(data, examples):
-            patches = F.unfold(chunk, layer.kernel_size, dilation=layer.dilation, stride=stride)
-            yield patches.transpose(1, 2).flatten(0, 1)
+            patches = chunk.reshape(len(chunk), layer.groups, -1, *chunk.shape[2:]).movedim(2, 2 + len(spans))
+            yield patches.flatten(-1 - len(spans)).flatten(2, -2)
 
     def _offset(self, step: int, count: int) -> int:
         return int(torch.randint(min(step, count), (), generator=self.generator))
 
     def moments(self, images: int) -> Moments:
+        groups = self.groups
         mean = self.mean / self.patches
-        inputs = self.inputs / self.patches
+        inputs = self.inputs / (self.patches * groups)
         has_bias = self.layer.bias is not None
         if self.before_norm or has_bias:
-            inputs = inputs - torch.outer(mean, mean)
-        return Moments(inputs, self.outputs / images, mean if has_bias and not self.before_norm else None)
+            inputs = inputs - mean.T @ mean / groups
+        outputs = self.outputs / images
+        if groups > 1:  # an output meets no other group's inputs, so the two can't make up for each other
+            own = torch.eye(groups, device=outputs.device)[:, None, :, None]
+            outputs = (outputs.reshape(groups, -1, groups, len(outputs) // groups) * own).reshape(outputs.shape)
+        return Moments(inputs, outputs, mean if has_bias and not self.before_norm else None)
 
 
 def gather_moments(
@@ -100,11 +121,12 @@ def gather_moments(
     the outputs' squared error: it needs no labels and no task, and on networks that have memorised their training
     images it was far better than the label loss, whose gradients come from a few of them.
     The inputs' moments are centred where a batch norm or the layer's own bias takes up a change of the mean output.
+    A grouped convolution has one kernel's moment, the mean over its groups, each of them centred by itself.
 
     Args:
         model: the dense network, on `device`; run in eval mode, and left as it was.
         data: whose training split is read.
-        names: dotted names of `Conv2d` (ungrouped) and `Linear` layers; those with over 8192 entries in an input patch
+        names: dotted names of convolutions and linear layers; those with over 8192 entries in an input patch
             are left out, whose moments would fill the memory.
         images: about how many to read, in whole batches.
         generator: chooses images, augmentation and directions; the same whichever layers are named.
@@ -114,7 +136,7 @@ def gather_moments(
     sums = {
         name: _Layer(name, layer, images)
         for name, layer in layers.items()
-        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight[0].numel() <= _WIDEST
+        if isinstance(layer, Conv | nn.Linear) and layer.weight[0].numel() <= _WIDEST
     }
     produced: dict[int, tuple[Tensor, int, _Layer]] = {}
 

@@ -119,5 +119,7 @@ HANDLERS: Mapping[str, Callable[[Any, Any], int]] = {
     "aten::einsum": _einsum,
     "aten::_convolution_mode": _convolution_by_mode,  # padding="same" or "valid"; never transposed
     "aten::scaled_dot_product_attention": _attention,
+    "aten::upsample_linear1d": _resample(2),
     "aten::upsample_bicubic2d": _resample(16),
+    "aten::upsample_trilinear3d": _resample(8),
 }

@@ -92,11 +92,13 @@ def sequences(
 ) -> Iterator[UnitCost]:
     """Yield the sequences of a space that save MACs or params at rank 1, with their costs. Ints only.
 
-    Left out are those of two factors with more than 4096 entries each.
+    Left out are those of two factors with more than 4096 entries each, and those that the layer's groups don't allow.
     """
     dense = sum(dense_macs(kernel_shape, geometry, call) for call in calls)
     deep = cp_sequence(kernel_shape)
     for shapes in (*factor_pairs(kernel_shape), *((deep,) if deep else ())):
+        if shapes[0][0] % geometry.groups:
+            continue
         if structure_of(shapes) in space.structures and min(map(prod, shapes)) <= _LARGEST_GRAM:
             spec = SeKronSpec(shapes, (1,) * (len(shapes) - 1))
             unit = UnitCost(shapes, sum(count_macs(spec, geometry, call) for call in calls), spec.params)
@@ -123,9 +125,9 @@ def layer_candidates(
         found.append((unit, _table(kernel, unit.factor_shapes, highest, space, metric)))
     shapes = (*(unit.factor_shapes for unit, _ in found), (shape,))
     sequence = [np.full(len(table.ranks), i) for i, (_, table) in enumerate(found)]
-    rank = [table.ranks for _, table in found]
-    macs = [table.ranks * unit.macs for unit, table in found]
-    params = [table.ranks * unit.params for unit, table in found]
+    rank = [table.ranks[:, 0] for _, table in found]
+    macs = [table.ranks[:, 0] * unit.macs for unit, table in found]
+    params = [table.ranks[:, 0] * unit.params for unit, table in found]
     error = [table.errors for _, table in found]
     everything = Candidates(
         cost.name,

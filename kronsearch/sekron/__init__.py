@@ -11,27 +11,37 @@ from kronsearch.sekron.shapes import Structure, cp_sequence, factor_pairs
 from kronsearch.sekron.spec import SeKronSpec
 
 if TYPE_CHECKING:
+    from kronsearch.sekron.convolution import SeKronConv1d, SeKronConv2d, SeKronConv3d
     from kronsearch.sekron.decomposition import decompose, relative_error
-    from kronsearch.sekron.layers import SeKronConv2d, SeKronLinear
+    from kronsearch.sekron.formats import FamilyMember, from_cp, from_tr, from_tt, from_tucker
+    from kronsearch.sekron.layers import SeKronLinear
     from kronsearch.sekron.metrics import Metric, Moments
-    from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
+    from kronsearch.sekron.tables import ErrorTable, chain_table, cp_table, pair_table
     from kronsearch.sekron.tensors import reconstruct
 
 __all__ = [
     "ErrorTable",
+    "FamilyMember",
     "Geometry",
     "Metric",
     "Moments",
+    "SeKronConv1d",
     "SeKronConv2d",
+    "SeKronConv3d",
     "SeKronLinear",
     "SeKronSpec",
     "Structure",
+    "chain_table",
     "count_macs",
     "cp_sequence",
     "cp_table",
     "decompose",
     "dense_macs",
     "factor_pairs",
+    "from_cp",
+    "from_tr",
+    "from_tt",
+    "from_tucker",
     "pair_table",
     "reconstruct",
     "relative_error",
@@ -39,12 +49,20 @@ __all__ = [
 
 _HOMES = {
     "ErrorTable": "tables",
+    "FamilyMember": "formats",
     "Metric": "metrics",
     "Moments": "metrics",
-    "SeKronConv2d": "layers",
+    "SeKronConv1d": "convolution",
+    "SeKronConv2d": "convolution",
+    "SeKronConv3d": "convolution",
     "SeKronLinear": "layers",
+    "chain_table": "tables",
     "cp_table": "tables",
     "decompose": "decomposition",
+    "from_cp": "formats",
+    "from_tr": "formats",
+    "from_tt": "formats",
+    "from_tucker": "formats",
     "pair_table": "tables",
     "reconstruct": "tensors",
     "relative_error": "decomposition",

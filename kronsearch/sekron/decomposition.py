@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kronsearch.sekron.chain import fit_chain
 from kronsearch.sekron.fit import fit, fitting_dtype
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import as_factors, balance, reconstruct, unfold_kernel
+from kronsearch.sekron.tensors import balanced_factors, reconstruct, unfold_kernel
 
 __all__ = ["decompose", "relative_error"]
 
@@ -22,12 +23,11 @@ def decompose(
         kernel: (out channels, in channels, *extent), any floating dtype and device.
         spec: sequence and ranks; its shapes multiply to the kernel's.
         metric: of the layer; with it the error is small where it matters to the network.
-        refine: fit all factors together by alternating least squares; None means where the recursive SVD is not
+        refine: fit all factors together by alternating least squares; None means where the truncated SVDs are not
             optimal already, for three factors and more.
 
     Returns:
-        S tensors; factor k (from 1) has the shape (R_1, …, R_min(k, S-1), *factor shape), the kernel's dtype and
-        device, and norms balanced within each term.
+        S tensors of `spec.tensor_shapes`, in the kernel's dtype and on its device, their norms balanced.
 
     Raises:
         SpecError: the spec is not one of this kernel's shape.
@@ -40,10 +40,14 @@ def decompose(
     if metric is not None:
         tensor = metric.weight(tensor, shapes)
     joint = length > 2 and refine is not False
-    matrices = fit(tensor.to(fitting_dtype(kernel)), spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
+    tensor = tensor.to(fitting_dtype(kernel)) if joint else tensor
+    if spec.coupling == "chain":
+        matrices = fit_chain(tensor, spec.ranks, refine=joint)[0]
+    else:
+        matrices = fit(tensor, spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
     if metric is not None:
         matrices = metric.unweight(matrices, shapes)
-    return tuple(factor.to(kernel.dtype) for factor in as_factors(balance(matrices, spec.ranks), spec))
+    return tuple(factor.to(kernel.dtype) for factor in balanced_factors(matrices, spec))
 
 
 def relative_error(kernel: Tensor, factors: Sequence[Tensor], spec: SeKronSpec) -> float:

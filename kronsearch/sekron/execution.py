@@ -1,15 +1,20 @@
 """The stages in which a factorised layer runs, and what they cost. Ints only.
 
 The order is last factor first. After stages S…k+1 the data have the dimensions
-`(N, C_1…C_k, R_1…R_k, F_{k+1}…F_S, *positions)`; stage k sums over `R_k` and `C_k` inside of one grouped convolution
-with `R_1…R_{k-1}` groups, and puts `F_k` out channels in each. Its factor's taps lie as far apart as the later factors
-are wide. The kernel is never formed.
+`(N, C_1…C_k, ranks, F_{k+1}…F_S, *positions)`. The ranks are R_1…R_k in a tree, where stage k sums over `R_k` and `C_k`
+inside of one grouped convolution with `R_1…R_{k-1}` groups and puts `F_k` out channels in each; in a chain they are R_k
+alone, and stage k is one convolution from `R_k·C_k` to `R_{k-1}·F_k` channels. Its factor's taps lie as far apart as
+the later factors are wide. The kernel is never formed.
+
+The groups of a grouped layer are the most significant digit of its out channels: they belong to the first factor, whose
+stage has as many more groups; all other stages do the same to every group, as to more examples.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from kronsearch.errors import SpecError
 from kronsearch.sekron.spec import SeKronSpec
 
 __all__ = ["Geometry", "Stage", "count_macs", "dense_macs", "plan_stages"]
@@ -24,12 +29,14 @@ class Geometry:
         dilation: steps between the kernel's taps.
         padding: (before, after) on each axis.
         padded_first: whether the padding is added to the input beforehand, as for a padding mode other than zeros.
+        groups: of the layer; its kernel has (out channels, in channels / groups, *extent).
     """
 
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     padded_first: bool = False
+    groups: int = 1
 
     def output_size(self, input_size: Sequence[int], extent: Sequence[int]) -> tuple[int, ...]:
         """Return the number of output positions on each axis for a kernel of this extent."""
@@ -45,11 +52,12 @@ class Stage:
 
     Args:
         factor: the index of the factor that is its weight.
-        batch: by how much the stage's batch exceeds the number of examples: C_1…C_{k-1} · F_{k+1}…F_S.
-        groups: R_1…R_{k-1}.
+        batch: by how much the stage's batch exceeds the number of examples: C_1…C_{k-1} · F_{k+1}…F_S, and the layer's
+            groups for all factors but the first.
+        groups: for the first factor the layer's; for later ones in a tree R_1…R_{k-1}, otherwise 1.
         group_in: in channels of each group, R_k · C_k.
-        group_out: out channels of each group: F_k, and for the last factor none of its sums is done yet: R_{S-1} · F_S
-            with the other ranks in front.
+        group_out: out channels of each group: F_k, in a chain R_{k-1} · F_k; for the last factor none of its sums is
+            done yet, and the ranks in front are those of its own.
         extent: the factor's spatial extent.
         geometry: the stage's own stride, dilation and padding.
     """
@@ -73,8 +81,16 @@ def plan_stages(spec: SeKronSpec, geometry: Geometry) -> tuple[Stage, ...]:
     On each axis the padding belongs to the first stage that has an extent there (it can't be seen by an earlier one),
     the stride to the last one that has (an earlier one must see every position). Where no stage has an extent, both
     belong to the first stage, which then runs on the fewest positions.
+
+    Raises:
+        SpecError: the first factor's out channels are not a multiple of the layer's groups.
     """
     shapes, ranks, last = spec.factor_shapes, spec.ranks, spec.sequence_length - 1
+    if shapes[0][0] % geometry.groups:
+        raise SpecError(
+            f"the first factor of {spec} has {shapes[0][0]} out channels, which a layer of {geometry.groups} groups "
+            "can't divide: its groups are the most significant digit of the out channels"
+        )
     order = range(last, -1, -1)
     axes = range(len(geometry.stride))
     padding_at, stride_at = [], []
@@ -86,13 +102,18 @@ def plan_stages(spec: SeKronSpec, geometry: Geometry) -> tuple[Stage, ...]:
     for k in order:
         out_channels, in_channels, *extent = shapes[k]
         later = shapes[k + 1 :]
+        before = prod(spec.rank_shape(k)[:-1] if k < last else spec.rank_shape(k))  # the ranks that the stage leaves
+        split = k < last and spec.coupling == "tree"  # in a tree an earlier rank's data meet that rank's factor only
+        own_groups = geometry.groups if k == 0 else 1
         stages.append(
             Stage(
                 factor=k,
-                batch=prod(shape[1] for shape in shapes[:k]) * prod(shape[0] for shape in later),
-                groups=1 if k == last else prod(ranks[:k]),
+                batch=(1 if k == 0 else geometry.groups)
+                * prod(shape[1] for shape in shapes[:k])
+                * prod(shape[0] for shape in later),
+                groups=own_groups * (before if split else 1),
                 group_in=in_channels if k == last else ranks[k] * in_channels,
-                group_out=prod(ranks) * out_channels if k == last else out_channels,
+                group_out=(1 if split else before) * out_channels // own_groups,
                 extent=tuple(extent),
                 geometry=Geometry(
                     stride=tuple(geometry.stride[a] if stride_at[a] == k else 1 for a in axes),

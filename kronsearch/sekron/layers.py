@@ -1,9 +1,7 @@
-"""Layers that hold Kronecker factors and run without forming the kernel."""
+"""What all factorised layers share, and the linear one: they hold Kronecker factors, and run without the kernel."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
 import torch
@@ -17,31 +15,9 @@ from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import reconstruct
 
-__all__ = ["SeKronConv2d", "SeKronLinear", "conv_geometry", "kernels_formed"]
+__all__ = ["Conv", "SeKronLayer", "SeKronLinear", "moved", "to_dense"]
 
-
-def conv_geometry(conv: nn.Conv2d) -> Geometry:
-    """Return a convolution's geometry; what zero padding inside of a stage can't do becomes padding beforehand."""
-    extent = conv.kernel_size
-    if conv.padding == "same":
-        padding = same_padding(extent, conv.dilation)
-    elif conv.padding == "valid":
-        padding = ((0, 0),) * len(extent)
-    else:
-        padding = tuple((int(p), int(p)) for p in conv.padding)
-    geometry = Geometry(conv.stride, conv.dilation, padding)
-    return replace(geometry, padded_first=is_uneven(geometry) or conv.padding_mode != "zeros")
-
-
-def same_padding(extent: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return what `padding="same"` means on each axis: (before, after), an odd one behind."""
-    spans = [d * (k - 1) for d, k in zip(dilation, extent, strict=True)]
-    return tuple((span // 2, span - span // 2) for span in spans)
-
-
-def is_uneven(geometry: Geometry) -> bool:
-    """Tell whether an axis is padded differently before and after, which a convolution can't do by itself."""
-    return any(before != after for before, after in geometry.padding)
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def moved(data: Tensor, sizes: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -65,7 +41,6 @@ class SeKronLayer(nn.Module):
 
     factors: nn.ParameterList
     bias: nn.Parameter | None
-    forms_kernel = False  # see kernels_formed
 
     def __init__(
         self,
@@ -88,7 +63,7 @@ class SeKronLayer(nn.Module):
         """The kernel that the factors stand for, formed anew, differentiable."""
         return reconstruct(tuple(self.factors), self.spec)
 
-    def load_layer(self, layer: nn.Conv2d | nn.Linear, metric: Metric | None, refine: bool | None) -> Self:
+    def load_layer(self, layer: Conv | nn.Linear, metric: Metric | None, refine: bool | None) -> Self:
         """Fill the factors from a dense layer's kernel, and copy its bias, corrected by the metric's mean input."""
         factors = decompose(layer.weight, self.spec, metric=metric, refine=refine)
         with torch.no_grad():
@@ -98,7 +73,8 @@ class SeKronLayer(nn.Module):
                 self.bias.copy_(layer.bias)
                 if metric is not None and metric.moments.mean is not None:
                     lost = (layer.weight.double() - self.kernel.double()).flatten(1)
-                    self.bias.add_((lost @ metric.moments.mean.to(lost)).to(self.bias.dtype))
+                    means = metric.moments.mean.to(lost).reshape(-1, lost.shape[1], 1)  # a row for each group
+                    self.bias.add_((lost.reshape(len(means), -1, lost.shape[1]) @ means).flatten().to(self.bias.dtype))
         self.train(layer.training)
         self.factors.requires_grad_(layer.weight.requires_grad)
         if self.bias is not None and layer.bias is not None:
@@ -110,38 +86,40 @@ class SeKronLayer(nn.Module):
         examples = len(data)
         first, *others = self.stages
         later = self.spec.factor_shapes[-1][0]  # F_{k+1}…F_S, the out channels that are done
-        data = data.reshape(examples * first.batch, first.group_in, *data.shape[2:])
+        data = data.reshape(examples * first.batch, first.groups * first.group_in, *data.shape[2:])
         data = self._stage(first, data, self._weight(first), None if others else self.bias)
         for stage in others:
             last = stage is others[-1]
             data = self._follow(stage, data, examples, later, self.bias if last and later == 1 else None)
-            later *= stage.group_out
-        if self.bias is not None and others and later != others[-1].group_out:
+            later *= self.spec.factor_shapes[stage.factor][0]
+        if self.bias is not None and others and later != self.spec.factor_shapes[0][0]:
             data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 2))  # the dtype is autocast's
         return data
 
     def _follow(self, stage: Stage, data: Tensor, examples: int, later: int, bias: Tensor | None) -> Tensor:
-        """Run a stage on (examples · C_1…C_k, R_1…R_k · later, *positions), where `later` stands for F_{k+1}…F_S.
+        """Run a stage on (examples · batch · C_k, ranks · later, *positions), where `later` stands for F_{k+1}…F_S.
 
         Returns:
-            (examples · C_1…C_{k-1}, R_1…R_{k-1} · F_k · later, *positions).
+            (examples · batch, the ranks that are left · F_k · later, *positions).
         """
         outer, positions = stage.batch // later, data.shape[2:]
         rank = self.spec.ranks[stage.factor]
         in_channels = stage.group_in // rank
-        sizes = (examples, outer, in_channels, stage.groups, rank, later, *positions)
         if outer == stage.groups == 1 and later > 1 and self._is_pointwise(stage):
             # a 1×1 stage doesn't care which positions it sees: the done channels go there, and nothing is moved
             data = data.reshape(examples, stage.group_in, later * positions[0], *positions[1:])
             data = self._stage(stage, data, self._weight(stage), bias)
             return data.reshape(examples, stage.group_out * later, *positions)
+        # the layer's groups lie outside of the stage's in channels, the earlier ranks inside
+        own = self.geometry.groups if stage.factor == 0 else 1
+        sizes = (examples, outer, own, in_channels, stage.groups // own, rank, later, *positions)
         shape = (examples * outer * later, stage.groups * stage.group_in, *positions)
-        data = moved(data, sizes, (0, 1, 5, 3, 2, 4, *range(6, len(sizes))), shape)
+        data = moved(data, sizes, (0, 1, 6, 2, 4, 3, 5, *range(7, len(sizes))), shape)
         data = self._stage(stage, data, self._weight(stage), bias)
         positions = data.shape[2:]
-        sizes = (examples * outer, later, stage.groups, stage.group_out, *positions)
-        shape = (examples * outer, stage.groups * stage.group_out * later, *positions)
-        return moved(data, sizes, (0, 2, 3, 1, *range(4, len(sizes))), shape)
+        channels = stage.groups * stage.group_out
+        sizes = (examples * outer, later, channels, *positions)
+        return moved(data, sizes, (0, 2, 1, *range(3, len(sizes))), (examples * outer, channels * later, *positions))
 
     @staticmethod
     def _is_pointwise(stage: Stage) -> bool:
@@ -155,7 +133,7 @@ class SeKronLayer(nn.Module):
         out_channels, in_channels, *extent = self.spec.factor_shapes[stage.factor]
         if stage.factor < self.spec.sequence_length - 1:
             rank = self.spec.ranks[stage.factor]
-            factor = factor.reshape(stage.groups, rank, out_channels, in_channels, *extent)
+            factor = factor.reshape(-1, rank, out_channels, in_channels, *extent)
             factor = factor.permute(0, 2, 3, 1, *range(4, factor.ndim))
         return factor.reshape(stage.groups * stage.group_out, stage.group_in, *extent)
 
@@ -173,111 +151,6 @@ class SeKronLayer(nn.Module):
     def extra_repr(self) -> str:
         """Show the spec beside the geometry."""
         return f"{self.spec}, {self.geometry}, bias={self.bias is not None}"
-
-
-class SeKronConv2d(SeKronLayer):
-    """A 2-d convolution whose kernel is a sum of Kronecker products; it runs without forming the kernel.
-
-    Args:
-        spec: sequence and ranks of the kernel (out channels, in channels, height, width).
-        geometry: stride, dilation, padding.
-        bias: whether there is one.
-        padding_mode: as `torch.nn.Conv2d`'s.
-        dtype: of the parameters.
-        device: of the parameters.
-
-    Raises:
-        SpecError: the spec's kernel has not four modes.
-    """
-
-    def __init__(
-        self,
-        spec: SeKronSpec,
-        geometry: Geometry,
-        *,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if len(spec.kernel_shape) != 4:
-            raise SpecError(f"a 2-d convolution has a kernel of 4 modes, {spec} has {len(spec.kernel_shape)}")
-        geometry = replace(
-            geometry, padded_first=geometry.padded_first or is_uneven(geometry) or padding_mode != "zeros"
-        )
-        super().__init__(spec, geometry, bias=bias, dtype=dtype, device=device)
-        self.padding_mode = padding_mode
-
-    @classmethod
-    def from_conv(
-        cls, conv: nn.Conv2d, spec: SeKronSpec, *, metric: Metric | None = None, refine: bool | None = None
-    ) -> Self:
-        """Factorise a convolution.
-
-        Raises:
-            SpecError: the convolution is grouped, or the spec's shapes don't multiply to its kernel's.
-        """
-        if conv.groups != 1:
-            raise SpecError(f"a convolution with groups={conv.groups} can't be factorised, only groups=1")
-        spec.check_kernel(conv.weight.shape)
-        layer = cls(
-            spec,
-            conv_geometry(conv),
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            dtype=conv.weight.dtype,
-            device=conv.weight.device,
-        )
-        return layer.load_layer(conv, metric, refine)
-
-    def to_conv(self) -> nn.Conv2d:
-        """Return the dense convolution of the reconstructed kernel.
-
-        Raises:
-            SpecError: the padding is uneven in a way that a `Conv2d` doesn't have.
-        """
-        out_channels, in_channels, *extent = self.spec.kernel_shape
-        geometry = self.geometry
-        uneven = is_uneven(geometry)
-        if uneven and (geometry.stride != (1, 1) or geometry.padding != same_padding(extent, geometry.dilation)):
-            raise SpecError(
-                f"no Conv2d has the padding {geometry.padding}: only the uneven padding of 'same' can be kept"
-            )
-        conv = nn.Conv2d(
-            in_channels,
-            out_channels,
-            (extent[0], extent[1]),
-            stride=(geometry.stride[0], geometry.stride[1]),
-            padding="same" if uneven else (geometry.padding[0][0], geometry.padding[1][0]),
-            dilation=(geometry.dilation[0], geometry.dilation[1]),
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,  # type: ignore[arg-type]  # any that a Conv2d has accepted
-            dtype=self.factors[0].dtype,
-            device="meta",
-        )
-        return to_dense(self, conv)
-
-    def forward(self, data: Tensor) -> Tensor:
-        """Convolve (examples, in channels, height, width); an input without examples is taken as one."""
-        if data.ndim == 3:
-            return self.forward(data[None])[0]
-        if self.geometry.padded_first:
-            widths = [n for pair in reversed(self.geometry.padding) for n in pair]
-            data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        return self._run_dense(data) if self.forms_kernel else self.run(data)
-
-    def _run_dense(self, data: Tensor) -> Tensor:
-        """Convolve with the kernel, formed in the factors' own precision."""
-        with torch.autocast(data.device.type, enabled=False):
-            kernel = self.kernel
-        geometry = self.geometry
-        padding = [0 if geometry.padded_first else before for before, _ in geometry.padding]
-        return F.conv2d(data, kernel, self.bias, geometry.stride, padding, geometry.dilation)
-
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry = stage.geometry
-        padding = [before for before, _ in geometry.padding]
-        return F.conv2d(data, weight, bias, geometry.stride, padding, geometry.dilation, stage.groups)
 
 
 class SeKronLinear(SeKronLayer):
@@ -339,25 +212,7 @@ class SeKronLinear(SeKronLayer):
         return torch.bmm(inputs, weights).transpose(0, 1).reshape(len(data), stage.groups * stage.group_out)
 
 
-@contextmanager
-def kernels_formed(model: nn.Module) -> Iterator[None]:
-    """Let the factorised convolutions of a model form their kernels and run as dense ones, with the same outputs.
-
-    That is what batches are trained on: forming a kernel costs as much as a few positions of one example, gradients
-    reach the factors through it, and no outputs of stages have to be kept. A training step of ResNet-32 at half the
-    MACs takes half the time, for the stages' depthwise convolutions have slow gradients.
-    """
-    layers = [module for module in model.modules() if isinstance(module, SeKronConv2d) and not module.forms_kernel]
-    for layer in layers:
-        layer.forms_kernel = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.forms_kernel = False
-
-
-Dense = TypeVar("Dense", nn.Conv2d, nn.Linear)
+Dense = TypeVar("Dense", nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def to_dense(layer: SeKronLayer, dense: Dense) -> Dense:

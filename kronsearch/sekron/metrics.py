@@ -32,7 +32,8 @@ class Moments:
             mean output can be corrected behind it, by a bias or by a batch norm.
         outputs: (F, F), of the gradient of the loss, or of the network's outputs, by the layer's outputs; None where
             there were no gradients.
-        mean: (C·prod(extent),), the mean input patch, where the layer's own bias takes up the change of its mean.
+        mean: (groups, C·prod(extent)), or flat, each group's mean input patch, where the layer's own bias takes up the
+            change of its mean.
     """
 
     inputs: Tensor

@@ -48,13 +48,13 @@ def factor_pairs(kernel_shape: FactorShape) -> Iterator[FactorShapes]:
 
 
 def cp_sequence(kernel_shape: FactorShape) -> FactorShapes | None:
-    """Return the sequence of three factors (out channels)(extent)(in channels), or None where the kernel has no extent.
+    """Return the sequence of three factors (out channels)(extent)(in channels), None where one of them has one entry.
 
     With ranks (R, 1) it is a CP decomposition on those three modes (Lebedev et al., 2015), and runs as a 1×1, a
     depthwise and a 1×1 convolution.
     """
     out_channels, in_channels, *extent = kernel_shape
-    if prod(extent) == 1:
+    if 1 in (out_channels, in_channels, prod(extent)):
         return None
     ones = (1,) * len(extent)
     return (out_channels, 1, *ones), (1, 1, *extent), (1, in_channels, *ones)

@@ -3,23 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
-__all__ = ["SeKronSpec"]
+__all__ = ["Coupling", "SeKronSpec"]
+
+Coupling = Literal["tree", "chain"]
 
 
 @dataclass(frozen=True)
 class SeKronSpec:
-    """A sequence of Kronecker factors, most significant first, and its ranks (Hameed et al., SeKron, 2022).
+    """A sequence of Kronecker factors, most significant first, and its ranks.
 
-    The kernel is `W = Σ_{r1} A¹_{r1} ⊗ Σ_{r2} A²_{r1 r2} ⊗ … ⊗ A^S_{r1…r_{S-1}}`.
+    In a tree the kernel is `W = Σ_{r1} A¹_{r1} ⊗ Σ_{r2} A²_{r1 r2} ⊗ … ⊗ A^S_{r1…r_{S-1}}` (Hameed et al., SeKron,
+    2022): a factor has an index for each sum that it stands in. In a chain it has those of its two neighbours only,
+    `W = Σ_{r1…} A¹_{r1} ⊗ A²_{r1 r2} ⊗ A³_{r2 r3} ⊗ … ⊗ A^S_{r_{S-1}}`: a tensor train (Oseledets, 2011) of Kronecker
+    factors. With two factors they are the same, and called a tree.
 
     Args:
         factor_shapes: S shapes with one entry for each mode of the kernel, (out channels, in channels, *extent);
             their entrywise product is the kernel's shape.
-        ranks: (R_1, …, R_{S-1}), the extents of the nested sums.
+        ranks: (R_1, …, R_{S-1}), the extents of the sums.
+        coupling: "tree" or "chain".
 
     Raises:
         SpecError: shapes of different lengths, entries that are not positive ints, a wrong number of ranks, or ranks
@@ -28,6 +35,7 @@ class SeKronSpec:
 
     factor_shapes: FactorShapes
     ranks: tuple[int, ...] = ()
+    coupling: Coupling = "tree"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor_shapes", tuple(map(tuple, self.factor_shapes)))
@@ -42,9 +50,16 @@ class SeKronSpec:
                 raise SpecError(f"factor shapes {shapes} and ranks {ranks} must be positive whole numbers")
         if len(ranks) != len(shapes) - 1:
             raise SpecError(f"{len(shapes)} factors take {len(shapes) - 1} ranks, got {len(ranks)}: {ranks}")
-        if len(shapes) == 2 and ranks[0] > (limit := min(map(prod, shapes))):
-            raise SpecError(f"rank {ranks[0]} of {shapes} is above {limit}, where the sum is exact already")
-        if prod(ranks) > (limit := prod(self.kernel_shape)):
+        if self.coupling not in ("tree", "chain"):
+            raise SpecError(f'a coupling is "tree" or "chain", not {self.coupling!r}')
+        if len(shapes) <= 2:
+            object.__setattr__(self, "coupling", "tree")
+        if len(shapes) == 2 or self.coupling == "chain":
+            for k, rank in enumerate(ranks):
+                limit = min(prod(map(prod, shapes[: k + 1])), prod(map(prod, shapes[k + 1 :])))
+                if rank > limit:
+                    raise SpecError(f"rank {rank} of {shapes} is above {limit}, where the sum is exact already")
+        if self.coupling == "tree" and prod(ranks) > (limit := prod(self.kernel_shape)):
             raise SpecError(f"ranks {ranks} have more terms than the kernel of {shapes} has entries ({limit})")
 
     @property
@@ -63,12 +78,15 @@ class SeKronSpec:
         return structure_of(self.factor_shapes)
 
     def rank_shape(self, k: int) -> tuple[int, ...]:
-        """Return the rank indices of factor k (from 0): (R_1, …, R_min(k+1, S-1))."""
-        return self.ranks[: k + 1]
+        """Return the rank indices of factor k (from 0): (R_1, …, R_min(k+1, S-1)); of a chain the last two of them.
+
+        The last factor of a chain has but R_{S-1}.
+        """
+        return self.ranks[: k + 1] if self.coupling == "tree" else self.ranks[max(k - 1, 0) : k + 1]
 
     @property
     def tensor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the S factor tensors, (R_1, …, R_min(k, S-1), *factor shape)."""
+        """The shapes of the S factor tensors, each its rank indices and then its factor shape."""
         return tuple((*self.rank_shape(k), *shape) for k, shape in enumerate(self.factor_shapes))
 
     @property
@@ -87,4 +105,5 @@ class SeKronSpec:
     def __str__(self) -> str:
         """Write the spec on one short line, such as `16·1·1·3 ⊗ 1·16·3·1, R 5`."""
         shapes = " ⊗ ".join("·".join(map(str, shape)) for shape in self.factor_shapes)
-        return f"{shapes}, R {','.join(map(str, self.ranks))}" if self.ranks else shapes
+        chain = " chain" if self.coupling == "chain" else ""
+        return f"{shapes}, R {','.join(map(str, self.ranks))}{chain}" if self.ranks else shapes

@@ -1,6 +1,5 @@
 """Error tables: what every rank of a sequence costs in accuracy of the kernel, without running the network."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +8,15 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
+from kronsearch.errors import SpecError
+from kronsearch.sekron.chain import chain_squares
 from kronsearch.sekron.fit import fit, fitting_dtype, grow
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShapes
+from kronsearch.sekron.spec import Coupling
 from kronsearch.sekron.tensors import unfold_kernel
 
-__all__ = ["ErrorTable", "cp_table", "pair_table", "rank_grid"]
+__all__ = ["ErrorTable", "chain_table", "cp_table", "pair_table", "rank_grid"]
 
 _STEP_SWEEPS = 60  # at each rank of a warm-started ladder: within some percent of a full fit where errors matter
 _LARGE_STEP_SWEEPS = 12  # of a large kernel, where they take seconds
@@ -27,23 +29,19 @@ class ErrorTable:
 
     Args:
         factor_shapes: the sequence.
-        ranks: (count,) R_1, ascending; all other ranks are 1.
+        ranks: (count, S - 1).
         errors: (count,) relative squared errors `‖W - Ŵ‖² / ‖W‖²` in the norm of the table's metric.
+        coupling: of the factors.
     """
 
     factor_shapes: FactorShapes
     ranks: NDArray[np.int64]
     errors: NDArray[np.float64]
-
-    def rows(self) -> Iterator[tuple[tuple[int, ...], float]]:
-        """Yield (ranks, relative squared error) of every entry."""
-        ones = (1,) * (len(self.factor_shapes) - 2)
-        for rank, error in zip(self.ranks.tolist(), self.errors.tolist(), strict=True):
-            yield (rank, *ones), error
+    coupling: Coupling = "tree"
 
 
 def pair_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | None = None) -> ErrorTable:
-    """Return the exact errors of all ranks of a sequence of two factors (Eckart and Young, 1936).
+    """Return the exact errors of all ranks of a sequence of two factors, ascending (Eckart and Young, 1936).
 
     Only the eigenvalues of the smaller Gram matrix are formed. Errors below 1e-15 of the kernel's energy, near the
     full rank, are rounding.
@@ -56,13 +54,13 @@ def pair_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | 
     tails = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     energy = float(tails[-1]) or 1.0
     errors = (tails[:-1].flip(0) / energy).cpu().numpy()
-    return ErrorTable(factor_shapes, np.arange(1, len(errors) + 1), errors)
+    return ErrorTable(factor_shapes, np.arange(1, len(errors) + 1)[:, None], errors)
 
 
 def cp_table(
     kernel: Tensor, factor_shapes: FactorShapes, highest: int, *, fits: int, metric: Metric | None = None
 ) -> ErrorTable:
-    """Return errors of a sequence of three factors or more with the ranks (R, 1, …), R up to the highest.
+    """Return errors of a sequence of three factors or more with the ranks (R, 1, …), R ascending up to the highest.
 
     The kernel is fitted at rank 1 and `fits` others in equal ratios, each fit starting from the one before it. Fitted
     errors are upper bounds: a longer fit is lower, by some percent where the error is above a hundredth. Between them
@@ -83,7 +81,31 @@ def cp_table(
     ranks = sorted({*fitted, *rank_grid(highest, points=4 * fits)})
     if len(fitted) > 1:
         errors = np.exp(PchipInterpolator(np.log(fitted), np.log(errors))(np.log(ranks))).tolist()
-    return ErrorTable(factor_shapes, np.asarray(ranks, dtype=np.int64), np.asarray(errors))
+    table = np.ones((len(ranks), len(factor_shapes) - 1), dtype=np.int64)
+    table[:, 0] = ranks
+    return ErrorTable(factor_shapes, table, np.asarray(errors))
+
+
+def chain_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | None = None) -> ErrorTable:
+    """Return the errors of the truncated SVDs of a chain of three factors, at all pairs of ranks (Oseledets, 2011).
+
+    They are exact for `decompose(..., refine=False)`; the fit that is its default is lower, by some percent as a rule.
+    Ranks R_2 that a middle factor of R_1 rows can't have, and those that `SeKronSpec` refuses, are left out.
+
+    Raises:
+        SpecError: the sequence has not three factors.
+    """
+    if len(factor_shapes) != 3:
+        raise SpecError(f"a table of chains takes three factors, {factor_shapes} has {len(factor_shapes)}")
+    tensor = unfold_kernel(kernel.detach().double(), factor_shapes)
+    if metric is not None:
+        tensor = metric.weight(tensor, factor_shapes)
+    squares = chain_squares(tensor).cpu().numpy()
+    first, second = (index.ravel() + 1 for index in np.indices(squares.shape))
+    kept = second <= first * tensor.shape[1]
+    energy = float(tensor.square().sum()) or 1.0
+    ranks = np.stack([first, second], 1)[kept]
+    return ErrorTable(factor_shapes, ranks, squares.ravel()[kept] / energy, "chain")
 
 
 def rank_grid(highest: int, *, points: int) -> tuple[int, ...]:

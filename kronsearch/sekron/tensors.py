@@ -1,8 +1,9 @@
-"""The kernel as a tensor with one mode for each factor, the factors as matrices of terms, and the way back.
+"""The kernel as a tensor with one mode for each factor, the factors as matrices, and the way back.
 
 A sequence of S factor shapes divides every mode of the kernel into S digits. Grouped by factor, the kernel becomes a
 tensor `T` of S modes, mode k of extent `n_k = prod(factor_shapes[k])`, and the SeKron model becomes
-`T[i_1…i_S] = Σ_{r1} A¹[r1, i_1] Σ_{r2} A²[r1, r2, i_2] …`: Kronecker products are outer products there.
+`T[i_1…i_S] = Σ_{r1} A¹[r1, i_1] Σ_{r2} A²[r1, r2, i_2] …`: Kronecker products are outer products there. What is said
+of terms here holds for trees; chains have a page of their own.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kronsearch.errors import SpecError
+from kronsearch.sekron.chain import balance_chain, contract_chain
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["balance", "fold_kernel", "leaves", "reconstruct", "unfold_kernel"]
+__all__ = ["balance", "balanced_factors", "fold_kernel", "leaves", "reconstruct", "unfold_kernel"]
 
 
 def unfold_kernel(kernel: Tensor, factor_shapes: FactorShapes) -> Tensor:
@@ -72,7 +74,14 @@ def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
     Raises:
         SpecError: the factors' shapes are not those of the spec.
     """
-    return fold_kernel(contract(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+    join = contract if spec.coupling == "tree" else contract_chain
+    return fold_kernel(join(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+
+
+def balanced_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ...]:
+    """Return the factors of factor matrices, with norms that suit training (`balance`, `balance_chain`)."""
+    balanced = balance if spec.coupling == "tree" else balance_chain
+    return as_factors(balanced(matrices, spec.ranks), spec)
 
 
 def balance(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kronsearch.sekron.layers import kernels_formed
+from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.data import Data, endless_train_batches
 from kronsearch.training.precision import eval_mode, forward, precision_for
 

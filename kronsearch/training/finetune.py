@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kronsearch.sekron.layers import kernels_formed
+from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.blocks import feature_distance, recorded_outputs
 from kronsearch.training.data import Data, endless_train_batches, train_batch_count
 from kronsearch.training.precision import Precision, eval_mode, forward, precision_for

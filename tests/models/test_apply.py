@@ -38,14 +38,14 @@ def make(seed=0, classes=5):
         return Net(classes).eval()
 
 
-def plan_for(specs, shapes, **decomposition):
+def plan_for(specs, shapes, input_shape=(3, 6, 6), **decomposition):
     layers = {
         name: LayerPlan(kernel_shape=shape, spec=specs.get(name), dense=None if name in specs else "left")
         for name, shape in shapes.items()
     }
     return Plan(
         model=ModelIdentity(spec="mine:Net", fingerprint=fingerprint(layers)),
-        input_shape=(3, 6, 6),
+        input_shape=input_shape,
         budget=PlanBudget(flops="50%"),
         dense=Cost(macs=1, params=1),
         compressed=Cost(macs=1, params=1),
@@ -111,6 +111,16 @@ def test_a_network_that_does_not_fit_is_refused_in_one_line(change, message):
     with pytest.raises(PlanError, match=message) as caught:
         apply_plan(model, plan_for(SPECS, SHAPES))
     assert "\n" not in str(caught.value)
+
+
+def test_a_layer_whose_groups_do_not_divide_the_first_factor_is_refused():
+    grouped, deeper = nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.Conv2d(8, 8, 3, groups=4, padding=1)
+    specs = {"0": SeKronSpec(((2, 2, 3, 1), (4, 1, 1, 3)), (1,))}
+    plan = plan_for(specs, {"0": (8, 2, 3, 3)}, input_shape=(4, 6, 6))
+    assert isinstance(apply_plan(nn.Sequential(grouped), plan)[0], SeKronConv2d)
+    other = plan_for(specs, {"0": (8, 2, 3, 3)}, input_shape=(8, 6, 6))
+    with pytest.raises(PlanError, match="which the model's layer of 4 groups can't be: pass a checkpoint"):
+        apply_plan(nn.Sequential(deeper), other)
 
 
 def test_save_load_save_gives_the_same_bytes_and_the_same_outputs(tmp_path):

@@ -64,14 +64,13 @@ def test_plain_layers_can_be_replaced():
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), "grouped convolution"),
         (nn.ConvTranspose2d(4, 4, 3), "transposed convolution"),
         (SameConv(4, 4, 3), "SameConv is a Conv2d with code of its own"),
         (parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), None),
         (pruned(), "weight is computed from others (weight norm, pruning)"),
         (own_forward(), "forward is replaced on the instance"),
         (hooked(), "has forward hooks"),
-        (nn.PReLU(4), "PReLU is neither Conv2d nor Linear"),
+        (nn.PReLU(4), "PReLU is neither a convolution nor Linear"),
     ],
 )
 def test_kinds_of_layers(layer, expected):
@@ -80,8 +79,60 @@ def test_kinds_of_layers(layer, expected):
     assert reason(Wrapped(layer)) == expected
 
 
-def test_other_ranks_of_convolution():
-    assert reason(Wrapped(nn.Conv1d(4, 4, 3)), input_shape=(4, 8)) == "Conv1d is neither Conv2d nor Linear"
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("kind", "axes"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
+def test_convolutions_of_every_rank_and_grouping_can_be_replaced(kind, axes, groups):
+    layer = Wrapped(kind(4, 8, 3, groups=groups))
+    assert reason(layer, input_shape=(4, *(5,) * axes)) is None
+    assert reason(Wrapped(nn.Sequential(layer)), "conv.0.conv", input_shape=(4, *(5,) * axes)) is None
+
+
+@pytest.mark.parametrize(("kind", "axes"), [(nn.ConvTranspose1d, 1), (nn.ConvTranspose3d, 3)])
+def test_transposed_convolutions_of_other_ranks(kind, axes):
+    assert reason(Wrapped(kind(4, 4, 3)), input_shape=(4, *(5,) * axes)) == "transposed convolution"
+
+
+class MadeOtherwise(nn.Conv3d):
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1, groups=2)
+        self.made = True
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+    @staticmethod
+    def stride_of(other):
+        return other, other
+
+
+def convolves_by_itself(name, value):
+    return type("Odd", (nn.Conv2d,), {name: value})(4, 4, 3)
+
+
+def test_a_subclass_that_runs_as_its_base_can_be_replaced():
+    assert reason(Wrapped(MadeOtherwise(4)), input_shape=(4, 2, 2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("forward", lambda self, x: F.conv2d(x, self.weight)),
+        ("_conv_forward", lambda self, x, weight, bias: F.conv2d(x, 2 * weight, bias)),
+        ("__call__", lambda self, x: 2 * self.forward(x)),
+        ("train", lambda self, mode=True: self),
+    ],
+)
+def test_a_subclass_with_code_of_its_own_is_left_as_it_is(name, value):
+    assert reason(Wrapped(convolves_by_itself(name, value))) == "Odd is a Conv2d with code of its own"
+    class_of_it = type(convolves_by_itself(name, value))
+    assert reason(Wrapped(type("Odder", (class_of_it,), {})(4, 4, 3))) == "Odder is a Conv2d with code of its own"
+
+
+def test_a_video_network_of_torchvision():
+    video = pytest.importorskip("torchvision.models.video")
+    cost = profile_model(video.r3d_18(), input_shape=(3, 4, 16, 16))
+    assert {layer.keeps_dense for layer in cost.layers if layer.kernel_shape} == {None}
+    assert cost.layer("layer1.0.conv1.0").kind == "Conv3DSimple"
 
 
 def test_complex_weight():
@@ -152,7 +203,7 @@ def test_projections_of_multi_head_attention():
 
     cost = profile_model(Attends(), input_shape=(5, 8))
     assert cost.layer("attention.out_proj").keeps_dense is not None
-    assert cost.layer("attention").keeps_dense == "MultiheadAttention is neither Conv2d nor Linear"
+    assert cost.layer("attention").keeps_dense == "MultiheadAttention is neither a convolution nor Linear"
     assert cost.macs == cost.layer("attention").macs
 
 
@@ -160,4 +211,4 @@ def test_layers_of_timm_with_their_own_padding():
     timm = pytest.importorskip("timm")
     cost = profile_model(timm.create_model("tf_efficientnet_lite0"), input_shape=(3, 64, 64))
     reasons = {layer.keeps_dense for layer in cost.layers if layer.kernel_shape}
-    assert reasons == {None, "grouped convolution", "Conv2dSame is a Conv2d with code of its own"}
+    assert reasons == {None, "Conv2dSame is a Conv2d with code of its own"}

@@ -120,7 +120,7 @@ def test_a_layer_made_of_functional_convolutions_is_counted_under_its_name():
 
     cost = profile_model(nn.Sequential(nn.ReLU(), TwoStages()), input_shape=(3, 6, 7))
     assert cost.layer("1").macs == cost.macs == 5 * 3 * 3 * 4 * 7 + 8 * 5 * 3 * 4 * 5
-    assert cost.layer("1").keeps_dense == "TwoStages is neither Conv2d nor Linear"
+    assert cost.layer("1").keeps_dense == "TwoStages is neither a convolution nor Linear"
 
 
 def test_a_parameter_with_two_owners_counts_once_in_the_total():

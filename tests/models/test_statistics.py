@@ -1,8 +1,15 @@
+from itertools import product
+from math import ceil, prod
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from kronsearch.models import statistics
+from kronsearch.models.apply import factorise
 from kronsearch.models.statistics import gather_moments
+from kronsearch.sekron import Metric, SeKronSpec
 from kronsearch.training.data import TensorData
 from kronsearch.training.task import Classification
 
@@ -134,3 +141,210 @@ def test_a_frozen_network_has_gradients_all_the_same(net):
     frozen = Net().eval().requires_grad_(False)
     found = gather_moments(frozen, make_data(), ["first"], images=IMAGES, generator=generator())["first"]
     assert float(found.outputs.diagonal().sum()) > 0
+
+
+# Convolutions of every rank and grouping: the 60 numbers of an image are viewed in the shape that the layer takes.
+
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+CONVOLUTIONS = {
+    "1-d": ((2, 30), nn.Conv1d(2, 4, 3, stride=2, dilation=3, padding=2, padding_mode="circular")),
+    "1-d, even, the same": ((4, 15), nn.Conv1d(4, 6, 4, padding="same", dilation=3, groups=2, padding_mode="reflect")),
+    "3-d": ((2, 3, 2, 5), nn.Conv3d(2, 3, (2, 2, 3), stride=(1, 1, 2), padding=(1, 0, 1), dilation=(2, 1, 1))),
+    "3-d, grouped": ((4, 3, 1, 5), nn.Conv3d(4, 6, (2, 1, 3), groups=2, padding=(0, 0, 1), padding_mode="replicate")),
+    "grouped": ((6, 2, 5), nn.Conv2d(6, 9, (2, 3), groups=3, padding=(1, 2), stride=(1, 2), dilation=(1, 2))),
+    "depthwise": ((5, 3, 4), nn.Conv2d(5, 10, 3, groups=5, padding=1, padding_mode="reflect")),
+    "strided depthwise": ((5, 3, 4), nn.Conv2d(5, 5, 3, groups=5, padding=1, stride=2)),
+}
+
+
+def padded(data, conv):
+    """Pad by numpy, which knows nothing of torch's padding."""
+    if conv.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        widths = [(span // 2, span - span // 2) for span in spans]
+    else:
+        widths = [(width, width) for width in conv.padding]
+    return np.pad(data.double().numpy(), ((0, 0), (0, 0), *widths), mode=MODES[conv.padding_mode])
+
+
+def grouped_patches(data, conv, step=None, offset=None):
+    """Every input patch by a loop over outputs, (groups, examples · positions, C / groups · extent).
+
+    With a step and an offset for each axis only those of that grid.
+    """
+    data = padded(data, conv)
+    spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    counts = [(n - span) // s + 1 for n, span, s in zip(data.shape[2:], spans, conv.stride, strict=True)]
+    channels = conv.in_channels // conv.groups
+    groups = []
+    for group in range(conv.groups):
+        rows = []
+        for place in product(*map(range, counts)):
+            if step is not None and any((p - o) % step or p < o for p, o in zip(place, offset, strict=True)):
+                continue
+            taps = [
+                [p * s + tap * d for tap in range(k)]
+                for p, s, d, k in zip(place, conv.stride, conv.dilation, conv.kernel_size, strict=True)
+            ]
+            own = data[:, group * channels : (group + 1) * channels]
+            rows.append(own[np.ix_(range(len(own)), range(channels), *taps)].reshape(len(own), -1))
+        groups.append(np.concatenate(rows))
+    return torch.from_numpy(np.stack(groups)).float()
+
+
+def second_moment(patches, centred):
+    """Return the mean over groups of their second moments, each about its own mean."""
+    means = patches.mean(1, keepdim=True) * centred
+    return torch.stack([rows.T @ rows / len(rows) for rows in patches - means]).mean(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drawn():
+    draws = torch.Generator().manual_seed(0)
+    for _, conv in CONVOLUTIONS.values():
+        for parameter in conv.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=draws)
+
+
+def around(shape, conv, norm=None):
+    """Return a network in which the layer called 2 is a convolution, and then perhaps a batch norm."""
+    outputs = conv(torch.zeros(1, *shape)).numel()
+    after = [] if norm is None else [norm]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = nn.Linear(outputs, 3)
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, shape), conv, *after, nn.Flatten(), nn.Tanh(), head).eval()
+
+
+def moments_of(net, name="2", images=IMAGES):
+    return gather_moments(net, make_data(), [name], images=images, generator=generator())[name]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_inputs_of_a_convolution_equal_a_loop_over_groups_and_outputs(case):
+    shape, conv = CONVOLUTIONS[case]
+    net = around(shape, conv)
+    moments = moments_of(net)
+    patches = grouped_patches(seen_inputs(net, "2"), conv)
+    assert moments.inputs.shape == (conv.weight[0].numel(),) * 2
+    assert torch.allclose(moments.inputs, second_moment(patches, centred=True), atol=1e-5)
+    assert torch.allclose(moments.mean, patches.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["1-d", "3-d, grouped", "depthwise"])
+def test_without_a_bias_a_batch_norm_behind_takes_up_the_means_of_groups(case):
+    shape, conv = CONVOLUTIONS[case]
+    kind = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[conv.weight.ndim]
+    for norm, centred in ((kind(conv.out_channels), True), (None, False)):
+        net = around(shape, without_bias(conv), norm)
+        moments = moments_of(net)
+        patches = grouped_patches(seen_inputs(net, "2"), conv)
+        assert torch.allclose(moments.inputs, second_moment(patches, centred), atol=1e-5)
+        assert moments.mean is None
+
+
+def without_bias(conv):
+    twin = type(conv)(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        bias=False,
+    )
+    twin.load_state_dict({"weight": conv.weight.detach().clone()})
+    return twin
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_gradients_of_a_convolution_equal_a_loop_over_examples_and_positions(case):
+    shape, conv = CONVOLUTIONS[case]
+    net = around(shape, conv)
+    draws = generator()
+    inputs, _ = next(iter(make_data().train_batches(IMAGES, generator=draws)))
+    produced = net[:3](inputs)
+    outputs = net[3:](produced)
+    direction = torch.randn(outputs.shape, generator=draws)
+    gradients = torch.autograd.grad(outputs, produced, direction)[0].double()
+    expected = torch.zeros(conv.out_channels, conv.out_channels, dtype=torch.float64)
+    for example in gradients:
+        for place in product(*map(range, example.shape[1:])):
+            row = example[(slice(None), *place)]
+            expected += torch.outer(row, row) / len(gradients)
+    group = torch.arange(conv.out_channels) // (conv.out_channels // conv.groups)
+    expected[group[:, None] != group[None]] = 0
+    found = moments_of(net).outputs
+    assert torch.allclose(found.double(), expected, atol=1e-4 * float(expected.diagonal().max()))
+    assert not found[group[:, None] != group[None]].any()
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_on_a_coarser_grid_the_patches_are_those_of_one_grid(case, monkeypatch):
+    shape, conv = CONVOLUTIONS[case]
+    net = around(shape, conv)
+    positions = net[:3](torch.zeros(1, 60)).shape[2:]
+    most = prod(positions) * conv.groups * IMAGES // 3
+    monkeypatch.setattr(statistics, "_MOST_PATCHES", most)
+    moments = moments_of(net)
+    inputs = seen_inputs(net, "2")
+    matches = []
+    for step in range(2, max(positions) + 1):
+        for offset in product(*(range(min(step, n)) for n in positions)):
+            patches = grouped_patches(inputs, conv, step, offset)
+            if torch.allclose(moments.mean, patches.mean(1), atol=1e-5):
+                assert torch.allclose(moments.inputs, second_moment(patches, centred=True), atol=1e-5)
+                matches.append((step, prod(ceil((n - o) / step) for n, o in zip(positions, offset, strict=True))))
+    assert matches
+    # the grids that an axis shorter than the step can't tell apart have as many positions
+    assert {count for _, count in matches} == {matches[0][1]}
+    assert min(step for step, _ in matches) <= ceil(3 ** (1 / len(positions)))
+
+
+def test_patches_in_chunks_are_the_same(monkeypatch):
+    shape, conv = CONVOLUTIONS["grouped"]
+    net = around(shape, conv)
+    whole = moments_of(net)
+    monkeypatch.setattr(statistics, "_CHUNK", 1)
+    parts = moments_of(net)
+    assert torch.allclose(whole.inputs, parts.inputs, atol=1e-5)
+    assert torch.allclose(whole.mean, parts.mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["1-d, even, the same", "3-d", "grouped"])
+def test_examples_one_by_one_without_a_batch_are_the_same(case):
+    class OneByOne(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return torch.stack([self.conv(example) for example in x])
+
+    shape, conv = CONVOLUTIONS[case]
+    expected, found = moments_of(around(shape, conv)), moments_of(around(shape, OneByOne(conv)), "2.conv")
+    for one, other in ((expected.inputs, found.inputs), (expected.outputs, found.outputs), (expected.mean, found.mean)):
+        assert torch.allclose(one, other, atol=1e-4 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [
+        ("depthwise", SeKronSpec(((10, 1, 3, 1), (1, 1, 1, 3)), (1,))),
+        ("grouped", SeKronSpec(((9, 1, 1, 3), (1, 2, 2, 1)), (1,))),
+        ("1-d", SeKronSpec(((4, 1, 1), (1, 1, 3), (1, 2, 1)), (1, 1))),
+        ("3-d, grouped", SeKronSpec(((2, 2, 2, 1, 1), (3, 1, 1, 1, 3)), (1,))),
+    ],
+)
+def test_the_bias_keeps_the_mean_output_of_every_channel(case, spec):
+    shape, conv = CONVOLUTIONS[case]
+    net = around(shape, conv)
+    small = factorise(conv, spec, Metric(moments_of(net)))
+    inputs = seen_inputs(net, "2")
+    dims = (0, *range(2, conv.weight.ndim))
+    with torch.no_grad():
+        kept, lost = small(inputs).mean(dims), (small(inputs) - conv(inputs)).square().mean(dims)
+        assert torch.allclose(kept, conv(inputs).mean(dims), atol=1e-4)
+    assert float(lost.max()) > 1e-2, "a spec that loses nothing tells nothing"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,14 @@ def _digits(index: int, bases: Sequence[int]) -> list[int]:
     return digits[::-1]
 
 
-def _naive_kernel(factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[int]) -> NDArray[np.float64]:
+def _own(term: Sequence[int], k: int, coupling: str) -> tuple[int, ...]:
+    """Return those of the indices r_1, …, r_{S-1} that factor k (from 0) has: all so far, or its two neighbours'."""
+    return tuple(term[: k + 1]) if coupling == "tree" else tuple(term[max(k - 1, 0) : k + 1])
+
+
+def _naive_kernel(
+    factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[int], coupling: str = "tree"
+) -> NDArray[np.float64]:
     """Sum, for every entry of the kernel and every tuple of rank indices, the product of one entry of each factor."""
     arrays = [factor.detach().double().numpy() for factor in factors]
     modes = range(len(shapes[0]))
@@ -35,12 +43,12 @@ def _naive_kernel(factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[int
         for term in product(*map(range, ranks)):
             value = 1.0
             for k, array in enumerate(arrays):
-                value *= array[(*term[: k + 1], *(digits[mode][k] for mode in modes))]
+                value *= array[(*_own(term, k, coupling), *(digits[mode][k] for mode in modes))]
             kernel[index] += value
     return kernel
 
 
-def _indexed_kernel(factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[int]) -> Tensor:
+def _indexed_kernel(factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[int], coupling: str = "tree") -> Tensor:
     """Do the same for all entries at once, by index arrays: differentiable, still the definition."""
     modes = range(len(shapes[0]))
     size = [prod(shape[mode] for shape in shapes) for mode in modes]
@@ -57,25 +65,31 @@ def _indexed_kernel(factors: Sequence[Tensor], shapes: Shapes, ranks: Sequence[i
     for term in product(*map(range, ranks)):
         value = torch.ones_like(total)
         for k, factor in enumerate(factors):
-            value = value * factor[term[: k + 1]][tuple(places[k])]
+            value = value * factor[_own(term, k, coupling)][tuple(places[k])]
         total = total + value
     return total
 
 
-def _naive_outer(matrices: Sequence[Tensor], ranks: Sequence[int]) -> NDArray[np.float64]:
-    """Sum the outer products of all terms of factor matrices (R_1…R_min(k, S-1), n_k)."""
-    arrays = [m.numpy().reshape(*ranks[: k + 1], m.shape[1]) for k, m in enumerate(matrices)]
+def _naive_outer(matrices: Sequence[Tensor], ranks: Sequence[int], coupling: str = "tree") -> NDArray[np.float64]:
+    """Sum the outer products of all terms of factor matrices (ranks of its own, n_k)."""
+    arrays = [m.numpy().reshape(*_own(ranks, k, coupling), m.shape[1]) for k, m in enumerate(matrices)]
     total = np.zeros([m.shape[1] for m in matrices])
     for term in product(*map(range, ranks)):
         value = np.ones(())
         for k, array in enumerate(arrays):
-            value = np.multiply.outer(value, array[term[: k + 1]])
+            value = np.multiply.outer(value, array[_own(term, k, coupling)])
         total += value
     return total
 
 
 def _draw_spec(
-    draw: Callable[..., int], *, modes: int = 4, length: int | None = None, largest: int = 3, entries: int = 400
+    draw: Callable[..., Any],
+    *,
+    modes: int = 4,
+    length: int | None = None,
+    largest: int = 3,
+    entries: int = 400,
+    couplings: Sequence[str] = ("tree",),
 ) -> SeKronSpec:
     """Draw a spec of a kernel with few entries, its ranks at most those that a recursive SVD can have."""
     length = draw(st.integers(1, 4)) if length is None else length
@@ -87,7 +101,7 @@ def _draw_spec(
             left //= shapes[k][mode]
     sizes = [prod(shape) for shape in shapes]
     ranks = [draw(st.integers(1, max(1, min(3, n, prod(sizes[k + 1 :]))))) for k, n in enumerate(sizes[:-1])]
-    return SeKronSpec(tuple(map(tuple, shapes)), tuple(ranks))
+    return SeKronSpec(tuple(map(tuple, shapes)), tuple(ranks), draw(st.sampled_from(couplings)))
 
 
 @pytest.fixture(scope="session")

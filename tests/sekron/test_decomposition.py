@@ -55,19 +55,20 @@ def test_full_ranks_are_exact(shapes, ranks, tolerance):
 @given(data=st.data(), seed=st.integers(0, 2**16))
 @settings(deadline=None, max_examples=40)
 def test_shapes_dtypes_and_the_error_on_random_specs(data, seed, draw_spec, indexed_kernel):
-    spec = draw_spec(data.draw, modes=data.draw(st.sampled_from([2, 4])), entries=120)
+    spec = draw_spec(data.draw, modes=data.draw(st.sampled_from([2, 4])), entries=120, couplings=("tree", "chain"))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     kernel = draw_kernel(spec.kernel_shape, seed, dtype)
     factors = decompose(kernel, spec)
     assert [tuple(factor.shape) for factor in factors] == list(spec.tensor_shapes)
     assert {factor.dtype for factor in factors} == {dtype}
     wide = kernel.double()
-    rest = wide - indexed_kernel([factor.double() for factor in factors], spec.factor_shapes, spec.ranks)
+    rest = wide - indexed_kernel([factor.double() for factor in factors], spec.factor_shapes, spec.ranks, spec.coupling)
     error = float(rest.norm() / wide.norm())
     assert relative_error(kernel, factors, spec) == pytest.approx(error, rel=1e-9, abs=1e-14)
     recursion = decompose(wide, spec, refine=False)
     rounding = 4 * len(factors) * torch.finfo(dtype).eps  # one rounding of each factor
-    assert error <= relative_error(wide, recursion, spec) + rounding
+    # where the recursion is optimal, the restraint on the terms costs a joint fit a little
+    assert error <= 1.01 * relative_error(wide, recursion, spec) + rounding + 1e-8
 
 
 @given(data=st.data(), seed=st.integers(0, 2**16))
@@ -91,7 +92,7 @@ def test_two_factors_reach_the_optimum(data, seed, draw_spec):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kernels_of_tree_ranks_are_found_by_the_joint_fit_only(ranks, seed, random_factors, indexed_kernel):
     spec = SeKronSpec(((8, 1, 1, 1), (1, 1, 3, 3), (1, 10, 1, 1)), ranks)
-    kernel = indexed_kernel(random_factors(spec, seed), spec.factor_shapes, spec.ranks)
+    kernel = indexed_kernel(random_factors(spec, seed), spec.factor_shapes, spec.ranks, spec.coupling)
     assert relative_error(kernel, decompose(kernel, spec, refine=False), spec) > 0.05
     assert relative_error(kernel, decompose(kernel, spec), spec) <= 1e-5
 

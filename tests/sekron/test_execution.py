@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, count_macs, dense_macs
+from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.execution import plan_stages
-from kronsearch.sekron.layers import conv_geometry
 
 
 def geometry_of(*, stride=(1, 1), dilation=(1, 1), padding=(0, 0), padded_first=False):

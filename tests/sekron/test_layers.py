@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, reconstruct
-from kronsearch.sekron.layers import conv_geometry, kernels_formed
+from kronsearch.sekron.convolution import SeKronConv, conv_geometry, conv_like, kernels_formed
 
 EXACT = 1e-10  # float64: sums of some hundred products of order one
 # Each stage rounds its result to the dtype; of the largest output, over at most four stages.
@@ -83,7 +83,7 @@ class LayerConformance:
 
     def dense_forward(self, case, layer, factors, bias, data, indexed_kernel) -> Tensor:
         """Run the dense layer with the kernel of these factors."""
-        kernel = indexed_kernel(factors, case.spec.factor_shapes, case.spec.ranks)
+        kernel = indexed_kernel(factors, case.spec.factor_shapes, case.spec.ranks, case.spec.coupling)
         state = {"weight": kernel} if bias is None else {"weight": kernel, "bias": bias}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
@@ -134,7 +134,7 @@ class LayerLife(LayerConformance):
 
     def test_repr(self, case):
         text = repr(self.create(case))
-        assert text.startswith(("SeKronConv2d(", "SeKronLinear("))
+        assert text.startswith((f"SeKronConv{len(case.spec.kernel_shape) - 2}d(", "SeKronLinear("))
         assert str(case.spec) in text
         assert f"bias={case.bias}" in text
 
@@ -164,19 +164,19 @@ class LayerLife(LayerConformance):
         """to_conv / to_linear give the dense layer; factorised again, at full accuracy, it is the same layer."""
         layer = self.create(case)
         data = draw(case.input_shape)
-        dense = layer.to_conv() if isinstance(layer, SeKronConv2d) else layer.to_linear()
+        dense = layer.to_conv() if isinstance(layer, SeKronConv) else layer.to_linear()
         close(dense.weight, layer.kernel, EXACT)
         close(quiet_forward(dense, data), layer(data), EXACT)
         whole = SeKronSpec((case.spec.kernel_shape,))
         again = type(layer)
-        make = again.from_conv if isinstance(layer, SeKronConv2d) else again.from_linear
+        make = again.from_conv if isinstance(layer, SeKronConv) else again.from_linear
         close(make(dense, whole)(data), layer(data), EXACT)
 
     def test_the_global_generator_is_left_alone(self, case):
         state = torch.get_rng_state()
         layer = self.create(case)
-        dense = layer.to_conv() if isinstance(layer, SeKronConv2d) else layer.to_linear()
-        _ = type(layer).from_conv(dense, case.spec) if isinstance(layer, SeKronConv2d) else None
+        dense = layer.to_conv() if isinstance(layer, SeKronConv) else layer.to_linear()
+        _ = type(layer).from_conv(dense, case.spec) if isinstance(layer, SeKronConv) else None
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -200,6 +200,10 @@ CONV_SPECS = (
     SeKronSpec(((1, 6, 1, 1), (1, 1, 2, 3), (4, 1, 1, 1)), (3, 2)),
     SeKronSpec(((2, 1, 2, 1), (1, 3, 1, 2), (2, 1, 1, 1), (1, 2, 1, 2)), (2, 1, 2)),
     SeKronSpec(((2, 2, 1, 3), (1, 1, 2, 1), (2, 1, 2, 1), (1, 2, 1, 1)), (2, 2, 2)),
+    SeKronSpec(((4, 1, 1, 1), (1, 1, 3, 2), (1, 6, 1, 1)), (3, 4), "chain"),
+    SeKronSpec(((2, 3, 1, 2), (1, 2, 2, 1), (3, 1, 1, 2)), (3, 2), "chain"),
+    SeKronSpec(((1, 6, 1, 1), (3, 1, 2, 3), (2, 1, 1, 1)), (2, 2), "chain"),
+    SeKronSpec(((2, 2, 1, 3), (1, 1, 2, 1), (2, 1, 2, 1), (1, 2, 1, 1)), (2, 3, 2), "chain"),
 )
 CONV_OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -219,21 +223,23 @@ CONV_OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def conv_case(spec: SeKronSpec, options: dict[str, Any], *, bias: bool, size: tuple[int, int] = (9, 11)) -> Case:
-    return Case(spec, (2, spec.kernel_shape[1], *size), bias, options)
+def conv_case(spec: SeKronSpec, options: dict[str, Any], *, bias: bool, size: tuple[int, ...] = (9, 11)) -> Case:
+    return Case(spec, (2, spec.kernel_shape[1] * options.get("groups", 1), *size), bias, options)
 
 
 class ConvCases:
-    def dense(self, case: Case) -> nn.Conv2d:
+    def dense(self, case: Case) -> nn.Module:
         out_channels, in_channels, *extent = case.spec.kernel_shape
-        return nn.utils.skip_init(
-            nn.Conv2d, in_channels, out_channels, tuple(extent), bias=case.bias, dtype=torch.float64, **case.options
-        )
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(extent)]
+        channels = in_channels * case.options.get("groups", 1), out_channels
+        return nn.utils.skip_init(kind, *channels, tuple(extent), bias=case.bias, dtype=torch.float64, **case.options)
 
-    def create(self, case: Case) -> SeKronConv2d:
+    def create(self, case: Case) -> SeKronConv:
         dense = self.dense(case)
-        geometry = conv_geometry(dense)
-        layer = SeKronConv2d(case.spec, geometry, bias=case.bias, padding_mode=dense.padding_mode, dtype=torch.float64)
+        make = conv_like(dense)
+        layer = make(
+            case.spec, conv_geometry(dense), bias=case.bias, padding_mode=dense.padding_mode, dtype=torch.float64
+        )
         randomise(layer)
         return layer
 
@@ -245,8 +251,81 @@ class TestConvGrid(ConvCases, LayerConformance):
     )
 
 
+GROUPED_SPECS = (
+    SeKronSpec(((12, 2, 3, 3),)),
+    SeKronSpec(((12, 1, 3, 1), (1, 2, 1, 3)), (2,)),
+    SeKronSpec(((6, 2, 1, 1), (2, 1, 3, 3)), (3,)),
+    SeKronSpec(((6, 1, 1, 2), (2, 2, 3, 1)), (4,)),
+    SeKronSpec(((12, 1, 1, 1), (1, 1, 3, 3), (1, 2, 1, 1)), (5, 1)),
+    SeKronSpec(((6, 1, 1, 1), (2, 1, 3, 1), (1, 2, 1, 3)), (2, 2)),
+    SeKronSpec(((6, 1, 1, 1), (2, 1, 3, 1), (1, 2, 1, 3)), (3, 2), "chain"),
+)
+GROUPED_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"groups": 2},
+    {"groups": 3, "padding": 1, "stride": 2},
+    {"groups": 6, "padding": "same", "dilation": (2, 1)},
+    {"groups": 2, "padding": (1, 2), "padding_mode": "circular"},
+)
+
+
+class TestGroupedConvGrid(ConvCases, LayerConformance):
+    CASES = (
+        *(
+            conv_case(spec, options, bias=(i + j) % 2 == 0)
+            for (i, spec), (j, options) in product(enumerate(GROUPED_SPECS), enumerate(GROUPED_OPTIONS))
+        ),
+        conv_case(SeKronSpec(((6, 1, 3, 1), (1, 1, 1, 3)), (2,)), {"groups": 6, "padding": 1}, bias=True),
+        conv_case(SeKronSpec(((12, 1, 1, 3), (1, 1, 3, 1)), (3,)), {"groups": 6, "stride": 2}, bias=False),
+    )
+
+
+OTHER_AXES = tuple(
+    conv_case(spec, options, bias=(i + j) % 2 == 0, size=size)
+    for specs, size in (
+        (
+            (
+                SeKronSpec(((8, 3, 4),)),
+                SeKronSpec(((8, 1, 2), (1, 3, 2)), (4,)),
+                SeKronSpec(((2, 3, 2), (4, 1, 2)), (3,)),
+                SeKronSpec(((8, 1, 1), (1, 1, 4), (1, 3, 1)), (4, 1)),
+                SeKronSpec(((4, 1, 2), (1, 3, 1), (2, 1, 2)), (3, 2), "chain"),
+            ),
+            (13,),
+        ),
+        (
+            (
+                SeKronSpec(((4, 2, 3, 2, 2),)),
+                SeKronSpec(((4, 1, 3, 1, 1), (1, 2, 1, 2, 2)), (3,)),
+                SeKronSpec(((2, 2, 1, 2, 1), (2, 1, 3, 1, 2)), (3,)),
+                SeKronSpec(((4, 1, 1, 1, 1), (1, 1, 3, 2, 2), (1, 2, 1, 1, 1)), (3, 2)),
+                SeKronSpec(((4, 1, 1, 1, 1), (1, 1, 3, 2, 2), (1, 2, 1, 1, 1)), (2, 2), "chain"),
+            ),
+            (6, 5, 7),
+        ),
+    )
+    for i, spec in enumerate(specs)
+    for j, options in enumerate(
+        (
+            {},
+            {"padding": 1, "stride": 2},
+            {"padding": "same"},
+            {"padding": 1, "padding_mode": "replicate", "dilation": 2},
+            {"groups": 2, "padding": 1},
+        )
+    )
+)
+
+
+class TestConvOfOtherAxes(ConvCases, LayerConformance):
+    CASES = OTHER_AXES
+
+
+class TestLifeOfOtherConvs(ConvCases, LayerLife):
+    CASES = (*OTHER_AXES[4::7], *TestGroupedConvGrid.CASES[2::7])
+
+
 class TestConvWithItsKernelFormed(ConvCases, LayerConformance):
-    CASES = TestConvGrid.CASES[::3]
+    CASES = (*TestConvGrid.CASES[::3], *TestGroupedConvGrid.CASES[::3], *OTHER_AXES[::3])
 
     def run(self, layer: nn.Module, data: Tensor) -> Tensor:
         with kernels_formed(nn.Sequential(layer)):
@@ -256,7 +335,7 @@ class TestConvWithItsKernelFormed(ConvCases, LayerConformance):
 class TestConvLife(ConvCases, LayerLife):
     CASES = tuple(
         conv_case(spec, CONV_OPTIONS[options], bias=options % 2 == 0)
-        for spec, options in zip(CONV_SPECS, (0, 2, 3, 6, 9, 2, 4, 7, 2, 1, 12, 8, 5, 10), strict=True)
+        for spec, options in zip(CONV_SPECS, (0, 2, 3, 6, 9, 2, 4, 7, 2, 1, 12, 8, 5, 10, 3, 9, 2, 13), strict=True)
     )
 
     def test_unbatched_inputs(self, case):
@@ -319,7 +398,7 @@ class TestLinear(LayerLife):
 @given(data=st.data(), seed=st.integers(0, 2**16))
 @settings(deadline=None, max_examples=60)
 def test_random_convolutions(data, seed, draw_spec, indexed_kernel):
-    spec = draw_spec(data.draw, entries=150)
+    spec = draw_spec(data.draw, entries=150, couplings=("tree", "chain"))
     extent = spec.kernel_shape[2:]
     mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
@@ -342,7 +421,7 @@ def test_random_convolutions(data, seed, draw_spec, indexed_kernel):
 @given(data=st.data(), seed=st.integers(0, 2**16))
 @settings(deadline=None, max_examples=40)
 def test_random_linear_layers(data, seed, draw_spec, indexed_kernel):
-    spec = draw_spec(data.draw, modes=2)
+    spec = draw_spec(data.draw, modes=2, couplings=("tree", "chain"))
     cases = TestLinear()
     leading = data.draw(st.lists(st.integers(1, 3), max_size=3))
     case = Case(spec, (*leading, spec.kernel_shape[1]), data.draw(st.booleans()))
@@ -405,13 +484,13 @@ def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch
     layer = SeKronConv2d.from_conv(nn.Conv2d(4, 6, 3), SeKronSpec(((6, 1, 1, 1), (1, 4, 3, 3)), (3,)))
     data = draw((1, 4, 5, 5), dtype=torch.float32)
     weights: list[Tensor] = []
-    conv2d = nn.functional.conv2d
+    conv2d = SeKronConv2d.convolve
 
     def spy(data: Tensor, weight: Tensor, *others: Any) -> Tensor:
         weights.append(weight)
         return conv2d(data, weight, *others)
 
-    monkeypatch.setattr(nn.functional, "conv2d", spy)
+    monkeypatch.setattr(SeKronConv2d, "convolve", staticmethod(spy))
     with torch.autocast("cpu", dtype=torch.bfloat16), kernels_formed(layer):
         layer(data)
     assert [tuple(weight.shape) for weight in weights] == [(6, 4, 3, 3)]
@@ -423,11 +502,18 @@ def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch
     assert len(weights) == 2
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_grouped_convolutions_are_refused(groups):
-    spec = SeKronSpec(((8, 1, 1, 1), (1, 4 // groups, 3, 3)), (1,))
-    with pytest.raises(SpecError, match=f"groups={groups} can't be factorised, only groups=1"):
-        SeKronConv2d.from_conv(small_conv(groups=groups), spec)
+def test_groups_that_the_first_factor_does_not_hold_are_refused():
+    spec = SeKronSpec(((4, 1, 1, 1), (2, 2, 3, 3)), (1,))
+    SeKronConv2d.from_conv(small_conv(groups=2), spec)
+    with pytest.raises(SpecError, match="has 2 out channels, which a layer of 4 groups can't divide"):
+        SeKronConv2d.from_conv(small_conv(groups=4), SeKronSpec(((2, 1, 1, 1), (4, 1, 3, 3)), (1,)))
+
+
+def test_transposed_convolutions_and_those_of_other_axes_are_refused():
+    spec = SeKronSpec(((4, 8, 3, 3),))
+    for conv in (nn.utils.skip_init(nn.ConvTranspose2d, 4, 8, 3), nn.utils.skip_init(nn.Conv1d, 8, 4, 9)):
+        with pytest.raises(SpecError, match=f"made from a Conv2d, not from {type(conv).__name__}"):
+            SeKronConv2d.from_conv(conv, spec)
 
 
 def test_specs_of_other_kernels_are_refused():
@@ -439,8 +525,6 @@ def test_specs_of_other_kernels_are_refused():
         SeKronConv2d(SeKronSpec(((4, 8),)), Geometry((1, 1), (1, 1), ((0, 0), (0, 0))))
     with pytest.raises(SpecError, match=r"a kernel of 2 modes, .* has 4"):
         SeKronLinear(SeKronSpec(((4, 8, 3, 3),)))
-    with pytest.raises(SpecError, match=r"a kernel of 4 modes, .* has 3"):
-        SeKronConv2d.from_conv(nn.utils.skip_init(nn.Conv1d, 4, 8, 3), SeKronSpec(((8, 4, 3),)))
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

@@ -157,7 +157,8 @@ def test_two_factors_minimise_the_energy(shapes, rank, generator, indexed_kernel
     factors = decompose(kernel, spec, metric=metric)
 
     lost = energy(kernel - indexed_kernel(factors, shapes, (rank,)), moments)
-    table = dict(pair_table(kernel, shapes, metric=metric).rows())
+    table = pair_table(kernel, shapes, metric=metric)
+    table = {tuple(ranks): error for ranks, error in zip(table.ranks.tolist(), table.errors.tolist(), strict=True)}
     assert lost / energy(kernel, moments) == pytest.approx(table[(rank,)], rel=1e-8)
 
     # the ridge is the one thing between the table and the moments themselves: 1e-3 of the mean eigenvalue in each of

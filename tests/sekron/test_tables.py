@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronsearch.sekron import Metric, Moments, SeKronSpec, cp_sequence, cp_table, decompose, factor_pairs, pair_table
+from kronsearch.errors import SpecError
+from kronsearch.sekron import (
+    Metric,
+    Moments,
+    SeKronSpec,
+    chain_table,
+    cp_sequence,
+    cp_table,
+    decompose,
+    factor_pairs,
+    pair_table,
+)
 from kronsearch.sekron.tables import rank_grid
 
 KERNELS = [(16, 12, 3, 3), (12, 3, 5, 5), (10, 24), (16, 16, 1, 1), (8, 6, 1, 7)]
@@ -28,6 +39,11 @@ def trained_like(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return kernel / kernel.norm() + 0.1 * noise / noise.norm()
 
 
+def entries(table):
+    """Pair the ranks of each entry, as a tuple, with its error."""
+    return zip(map(tuple, table.ranks.tolist()), table.errors.tolist(), strict=True)
+
+
 @pytest.mark.parametrize("kernel_shape", KERNELS, ids=str)
 def test_random_entries_agree_with_the_decomposition(kernel_shape, indexed_kernel):
     """Twenty entries of each of five kernels."""
@@ -37,7 +53,7 @@ def test_random_entries_agree_with_the_decomposition(kernel_shape, indexed_kerne
     for _ in range(20):
         shapes = chooser.choice(pairs)
         table = pair_table(kernel, shapes)
-        assert list(table.ranks) == list(range(1, min(map(prod, shapes)) + 1))
+        assert table.ranks.tolist() == [[rank] for rank in range(1, min(map(prod, shapes)) + 1)]
         place = chooser.randrange(min(8, len(table.ranks)))
         spec = SeKronSpec(shapes, (place + 1,))
         rest = kernel - indexed_kernel(decompose(kernel, spec), shapes, spec.ranks)
@@ -71,7 +87,7 @@ def test_two_pairs_by_hand():
     shapes = ((2, 1), (1, 2))
     table = pair_table(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), shapes)
     np.testing.assert_allclose(table.errors, [4 / (9 + 4), 0], atol=1e-15)
-    assert list(table.rows()) == [((1,), pytest.approx(4 / 13)), ((2,), 0.0)]
+    assert list(entries(table)) == [((1,), pytest.approx(4 / 13)), ((2,), 0.0)]
 
 
 def test_a_kernel_of_zeros_has_no_errors():
@@ -91,12 +107,12 @@ def test_cp_tables_fall_and_bound_longer_fits(kernel_shape, with_metric, generat
         metric = Metric(Moments(rows.T @ rows / len(rows)))
     fitted_ranks = rank_grid(12, points=5)
     table = cp_table(kernel, shapes, 12, fits=5, metric=metric)
-    assert set(fitted_ranks) <= set(table.ranks.tolist()) <= set(range(1, 13))
+    assert set(fitted_ranks) <= set(table.ranks[:, 0].tolist()) <= set(range(1, 13))
     assert len(table.ranks) == len(table.errors) > len(fitted_ranks)
-    assert bool((np.diff(table.ranks) > 0).all())
+    assert bool((np.diff(table.ranks[:, 0]) > 0).all())
     assert bool((np.diff(table.errors) <= 0).all())
     tensor = kernel.permute(0, 2, 3, 1).reshape(kernel_shape[0], -1, kernel_shape[1])
-    for (rank, one), error in table.rows():
+    for (rank, one), error in entries(table):
         assert one == 1
         if metric is not None:
             continue
@@ -123,7 +139,7 @@ def test_a_cp_kernel_is_found_by_the_table():
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (8, 9, 6)]
     kernel = torch.einsum("rf,rk,rc->fck", *parts).reshape(8, 6, 3, 3)
-    errors = dict(cp_table(kernel, cp_sequence((8, 6, 3, 3)), 4, fits=10).rows())
+    errors = dict(entries(cp_table(kernel, cp_sequence((8, 6, 3, 3)), 4, fits=10)))
     assert list(errors) == [(1, 1), (2, 1), (3, 1), (4, 1)]
     assert errors[2, 1] > 0.01
     assert errors[4, 1] <= errors[3, 1] < 1e-4  # 30 sweeps in float32
@@ -133,8 +149,8 @@ def test_a_cp_kernel_is_found_by_the_table():
 @pytest.mark.parametrize("fits", [2, 3])
 def test_cp_tables_of_few_fits_have_an_error_for_every_rank(highest, fits):
     table = cp_table(trained_like((12, 8, 3, 3)), cp_sequence((12, 8, 3, 3)), highest, fits=fits)
-    assert len(list(table.rows())) == len(table.ranks) == len(table.errors)
-    assert table.ranks[-1] == highest
+    assert len(table.ranks) == len(table.errors)
+    assert table.ranks[-1].tolist() == [highest, 1]
     assert bool((np.diff(table.errors) <= 0).all())
 
 
@@ -159,3 +175,39 @@ def test_rank_grids_by_hand():
     assert rank_grid(3, points=10) == (1, 2, 3)
     assert rank_grid(1, points=4) == (1,)
     assert rank_grid(0, points=4) == ()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((12, 1, 1, 1), (1, 1, 3, 3), (1, 8, 1, 1)),
+        ((3, 4, 1, 1), (4, 1, 3, 1), (1, 2, 1, 3)),
+        ((1, 8, 1, 1), (12, 1, 3, 3), (1, 1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_chain_tables_agree_with_the_decomposition(shapes, indexed_kernel):
+    kernel = trained_like((12, 8, 3, 3))
+    table = chain_table(kernel, shapes)
+    found = list(entries(table))
+    assert table.coupling == "chain"
+    for ranks, error in random.Random(0).sample(found, min(15, len(found))):
+        spec = SeKronSpec(shapes, ranks, "chain")
+        rest = kernel - indexed_kernel(decompose(kernel, spec, refine=False), shapes, ranks, "chain")
+        naive = float(rest.square().sum() / kernel.square().sum())
+        assert error == pytest.approx(naive, rel=1e-6, abs=1e-12)
+    assert min(table.errors) < 1e-14
+
+
+def test_a_metric_weighs_chain_tables_and_other_lengths_are_refused(generator):
+    kernel = trained_like((6, 4, 3, 3))
+    rows = torch.randn(200, 36, generator=generator, dtype=torch.float64)
+    shapes = cp_sequence((6, 4, 3, 3))
+    metric = Metric(Moments(rows.T @ rows / 200))
+    weighed = metric.weight(kernel.permute(0, 2, 3, 1).reshape(6, 9, 4), shapes)
+    ranks, error = next(entry for entry in entries(chain_table(kernel, shapes, metric=metric)) if entry[0] == (6, 2))
+    values = torch.linalg.svdvals(weighed.flatten(0, 1)).square()
+    assert ranks == (6, 2)
+    assert error == pytest.approx(float(values[2:].sum() / values.sum()))
+    with pytest.raises(SpecError, match=r"takes three factors, .* has 2"):
+        chain_table(kernel, ((6, 1, 1, 1), (1, 4, 3, 3)))

@@ -36,9 +36,11 @@ def nested_kron(factors, ranks):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_reconstruct_is_the_definition(spec, random_factors, naive_kernel, indexed_kernel):
     factors = random_factors(spec)
-    expected = naive_kernel(factors, spec.factor_shapes, spec.ranks)
+    expected = naive_kernel(factors, spec.factor_shapes, spec.ranks, spec.coupling)
     np.testing.assert_allclose(nested_kron([f.numpy() for f in factors], spec.ranks), expected, atol=EXACT)
-    np.testing.assert_allclose(indexed_kernel(factors, spec.factor_shapes, spec.ranks), expected, atol=EXACT)
+    np.testing.assert_allclose(
+        indexed_kernel(factors, spec.factor_shapes, spec.ranks, spec.coupling), expected, atol=EXACT
+    )
     np.testing.assert_allclose(reconstruct(factors, spec), expected, atol=EXACT)
 
 
@@ -55,7 +57,9 @@ def test_reconstruct_on_random_specs(data, seed, draw_spec, random_factors):
 def test_reconstruct_is_differentiable(spec, random_factors, indexed_kernel, generator):
     factors = [factor.requires_grad_() for factor in random_factors(spec)]
     towards = torch.randn(spec.kernel_shape, generator=generator, dtype=torch.float64)
-    expected = torch.autograd.grad((indexed_kernel(factors, spec.factor_shapes, spec.ranks) * towards).sum(), factors)
+    expected = torch.autograd.grad(
+        (indexed_kernel(factors, spec.factor_shapes, spec.ranks, spec.coupling) * towards).sum(), factors
+    )
     found = torch.autograd.grad((reconstruct(factors, spec) * towards).sum(), factors)
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
 
