@@ -3,12 +3,15 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import kronsearch as ks
 from kronsearch.cli import app
 from kronsearch.search.space import load_space
+from kronsearch.sekron import SeKronConv2d
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -61,6 +64,20 @@ def test_the_files_of_options_and_spaces_are_read(tmp_path):
     assert read_settings(tmp_path / "kronsearch.yaml").trials == 40
     (tmp_path / "space.yaml").write_text(space)
     assert load_space(tmp_path / "space.yaml").keep_dense == ("conv1", "fc")
+
+
+def test_the_engine_does_what_the_page_says(capsys):
+    block = next(block for language, block in BLOCKS if "pair_table" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 192
+    assert lines[0].startswith("rank 1: squared error 0.")
+    assert lines[-1] == "rank 192: squared error 0.0000"
+    assert len(block.splitlines()) < 15
+    images, _ = next(ks.load_data("digits", seed=0).batches("test", 8))
+    assert isinstance(names["model"].get_submodule("block2.conv2"), SeKronConv2d)
+    assert names["model"](images).shape == (8, 10)
 
 
 def test_the_python_is_python():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kronsearch.models.apply import factorise, replace_layers, settle, stream
 from kronsearch.plan import Decomposition
-from kronsearch.sekron.layers import SeKronLayer, kernels_formed
+from kronsearch.sekron.convolution import kernels_formed
+from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.blocks import block_names
@@ -26,8 +27,8 @@ _VALIDATION = 2_500  # validation images at the most
 _VALIDATION_BATCH = 125  # small, so that the score's standard error comes from many batches
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 _KEPT = 2**30  # bytes of factors that are kept between trials
-_RATE = 2.5e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
-_HIGHEST_RATE = 2e-4  # (ResNet-32 at a third of the MACs: at 62 steps 1e-4 gains 0.6 points, 1e-3 loses 1.5)
+_RATE = 1e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
+_HIGHEST_RATE = 2e-4
 _SETTLING_IMAGES = 10_000  # after the final fine-tune, whose running averages are of a few batches
 _PROXY, _FINAL = 11, 12  # streams of random numbers
 
