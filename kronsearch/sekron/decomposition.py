@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kronsearch.sekron.chain import fit_chain
-from kronsearch.sekron.fit import fit, fitting_dtype
+from kronsearch.sekron.fit import fit, working_dtype
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.svd import recursive_svd
@@ -40,7 +40,7 @@ def decompose(
     if metric is not None:
         tensor = metric.weight(tensor, shapes)
     joint = length > 2 and refine is not False
-    tensor = tensor.to(fitting_dtype(kernel)) if joint else tensor
+    tensor = tensor.to(working_dtype(kernel)) if joint else tensor
     if spec.coupling == "chain":
         matrices = fit_chain(tensor, spec.ranks, refine=joint)[0]
     else:

@@ -28,9 +28,9 @@ from torch import Tensor
 from kronsearch.sekron.svd import recursive_svd
 from kronsearch.sekron.tensors import balance, contract, leaves
 
-__all__ = ["fit", "fitting_dtype", "grow"]
+__all__ = ["fit", "grow", "working_dtype"]
 
-_LARGE = 2**19  # entries above which a kernel that is not float64 itself is fitted in float32
+_LARGE = 2**19  # entries above which a kernel that is not float64 itself is taken as float32
 _MOST_SWEEPS, _FEWEST_SWEEPS = 300, 40
 _SWEPT = 30_000_000  # entries of the tensor times sweeps, between those two: a sweep of 2 M entries takes a second
 _TOLERANCE = 2e-4  # of the squared error, over `_WINDOW` sweeps
@@ -92,8 +92,8 @@ def fit(
     return matrices, float((tensor - contract(matrices, ranks)).square().sum()) / energy
 
 
-def fitting_dtype(kernel: Tensor) -> torch.dtype:
-    """Return what to fit a kernel in: in float32 fits end early, at up to 1.2 times the squared error, but fast."""
+def working_dtype(kernel: Tensor) -> torch.dtype:
+    """Return what to fit and to tabulate a kernel in: large ones in float32, at the cost of digits that don't matter."""
     return torch.float32 if kernel.numel() > _LARGE and kernel.dtype != torch.float64 else torch.float64
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import chain_squares
-from kronsearch.sekron.fit import fit, fitting_dtype, grow
+from kronsearch.sekron.fit import fit, grow, working_dtype
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import Coupling
@@ -44,13 +44,13 @@ def pair_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | 
     """Return the exact errors of all ranks of a sequence of two factors, ascending (Eckart and Young, 1936).
 
     Only the eigenvalues of the smaller Gram matrix are formed. Errors below 1e-15 of the kernel's energy, near the
-    full rank, are rounding.
+    full rank, are rounding; of large kernels, whose Gram matrices are formed in float32, those below 1e-6.
     """
-    matrix = unfold_kernel(kernel.detach().double(), factor_shapes)
+    matrix = unfold_kernel(kernel.detach().to(working_dtype(kernel)), factor_shapes)
     if metric is not None:
         matrix = metric.weight(matrix, factor_shapes)
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    squares = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
+    squares = torch.linalg.eigvalsh(gram).double().clamp_min(0)  # ascending
     tails = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     energy = float(tails[-1]) or 1.0
     errors = (tails[:-1].flip(0) / energy).cpu().numpy()
@@ -66,7 +66,7 @@ def cp_table(
     errors are upper bounds: a longer fit is lower, by some percent where the error is above a hundredth. Between them
     the error is interpolated (it is smooth in the rank) at three times as many ranks.
     """
-    tensor = unfold_kernel(kernel.detach().to(fitting_dtype(kernel)), factor_shapes)
+    tensor = unfold_kernel(kernel.detach().to(working_dtype(kernel)), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     ones = (1,) * (len(factor_shapes) - 2)

@@ -72,6 +72,15 @@ def test_pair_tables_fall_to_zero(kernel_shape):
         assert table.errors.dtype == np.float64
 
 
+def test_tables_of_large_kernels_are_right_to_a_millionth_of_the_energy():
+    kernel = trained_like((256, 256, 3, 3)).float()
+    shapes = ((256, 1, 1, 1), (1, 256, 3, 3))
+    found, expected = (pair_table(k, shapes).errors for k in (kernel, kernel.double()))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert bool((np.diff(found) <= 0).all())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_kernel_on_a_gpu():
     kernel = trained_like((16, 12, 3, 3))
