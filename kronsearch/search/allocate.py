@@ -1,11 +1,17 @@
-"""Allocation: one candidate for each layer, the lowest predicted error under the budgets, by integer programming."""
+"""Allocation: one candidate for each layer, the lowest predicted error under the budgets, by integer programming.
+
+The linear relaxation comes first. Its prices of the budgets give every candidate an excess: by how much the error would
+lie above the relaxation's, at least, if it were chosen (Lagrangian duality; Kellerer, Pferschy and Pisinger, Knapsack
+Problems, 2004, chapter 11). Only candidates of little excess are left to the integer program, which is small then, and
+what it finds proves for how much excess the others need not be looked at.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array
 
 from kronsearch.budget import Limits, format_count
@@ -17,6 +23,7 @@ __all__ = ["Allocation", "Choices", "allocate"]
 _GAP = 1e-4
 _SECONDS = 20.0
 _INFEASIBLE = 2  # SciPy's status
+_FIRST = 8  # candidates for each layer, on average, that are tried first
 _SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budgets are kept to the last MAC
 
 
@@ -72,32 +79,22 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
     owner = np.repeat(np.arange(len(layers)), counts)
     errors = np.concatenate([layer.error[indices] for layer, indices in zip(layers, kept, strict=True)])
     scale = float(errors.max()) or 1.0
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(layers), len(owner)))
-    rows = [
-        (np.concatenate([getattr(layer, name)[indices] for layer, indices in zip(layers, kept, strict=True)]), limit)
-        for limit, name in bounds
-    ]
-    for slack in (0.0, _SLACK):
-        result = milp(
-            errors / scale,
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                *(LinearConstraint(costs[None] / max(limit, 1), -np.inf, 1 - slack) for costs, limit in rows),
-            ],
-            integrality=np.ones(len(owner)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-        )
-        if result.x is None and result.status == _INFEASIBLE:
-            raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
-        if result.x is None:
-            raise BudgetError(f"no plan within the budget was found in {_SECONDS:.0f} s: ask for a looser budget")
-        taken = result.x > 0.5
-        if all(int(costs[taken].sum()) <= limit for costs, limit in rows):
-            break
+    costs = np.array(
+        [
+            np.concatenate([getattr(layer, name)[indices] for layer, indices in zip(layers, kept, strict=True)])
+            for _, name in bounds
+        ]
+    ).reshape(len(bounds), len(errors))
+    if any(limit < sum(int(getattr(layer, name).min()) for layer in layers) for limit, name in bounds):
+        raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+    problem = _Program(errors / scale, owner, costs, np.array([limit for limit, _ in bounds]))
+    found = problem.solve()
+    if found is None:
+        raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+    taken, bound = found
     starts = np.cumsum([0, *counts[:-1]])
     chosen = tuple(
-        int(indices[np.argmax(result.x[start : start + count])])
+        int(indices[np.argmax(taken[start : start + count])])
         for indices, start, count in zip(kept, starts, counts, strict=True)
     )
     picked = list(zip(layers, chosen, strict=True))
@@ -106,8 +103,95 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
     if (limits.macs is not None and macs > limits.macs) or (limits.params is not None and params > limits.params):
         raise AssertionError(f"the solver overstepped a budget: {macs} MACs, {params} params, {limits}")
     error = sum(float(layer.error[index]) for layer, index in picked)
-    bound = max(0.0, float(result.mip_dual_bound or 0.0)) * scale
-    return Allocation(chosen, macs, params, error, max(0.0, (error - bound) / error) if error > 0 else 0.0)
+    gap = max(0.0, (error - max(0.0, bound) * scale) / error) if error > 0 else 0.0
+    return Allocation(chosen, macs, params, error, gap)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One candidate for each layer: errors (count,), owner (count,) ascending, costs (budgets, count), limits."""
+
+    errors: NDArray[np.float64]
+    owner: NDArray[np.int64]
+    costs: NDArray[np.int64]
+    limits: NDArray[np.int64]
+
+    def solve(self) -> tuple[NDArray[np.bool_], float] | None:
+        """Return which candidates are taken and a proven bound on the error of any choice; None if there is none.
+
+        Raises:
+            BudgetError: no choice was found in time, though there may be one.
+        """
+        excess, floor = self._excesses()
+        if excess is None:
+            return None
+        first = min(len(excess), _FIRST * (int(self.owner[-1]) + 1)) - 1
+        reach = float(np.partition(excess, first)[first])
+        while True:
+            inside = np.flatnonzero(excess <= reach)
+            everything = len(inside) == len(excess)
+            result = self._choose(inside)
+            if result.x is None:
+                if everything and result.status == _INFEASIBLE:
+                    return None
+                if everything:
+                    raise BudgetError(f"no plan within the budget was found in {_SECONDS:.0f} s: ask for a looser one")
+                reach = 4 * reach if reach > 0 else float(excess.max())
+                continue
+            taken = np.zeros(len(excess), dtype=bool)
+            taken[inside[result.x > 0.5]] = True
+            error = float(self.errors[taken].sum())
+            bound = float(result.mip_dual_bound or 0.0)
+            if everything:
+                return taken, bound
+            if error - min(bound, floor + reach) <= _GAP * error or reach >= error - floor:
+                return taken, min(bound, floor + reach)
+            reach = error - floor  # what lies beyond can't be part of a better choice
+
+    def _excesses(self) -> tuple[NDArray[np.float64] | None, float]:
+        """Return every candidate's excess and the error of the relaxation; no excesses if that has no solution."""
+        relaxed = linprog(
+            self.errors,
+            A_ub=self._rows(),
+            b_ub=np.ones(len(self.limits)),
+            A_eq=self._one_each(self.owner),
+            b_eq=np.ones(int(self.owner[-1]) + 1),
+        )
+        if relaxed.x is None:
+            return None, 0.0
+        prices = np.maximum(0.0, -relaxed.ineqlin.marginals)
+        priced = self.errors + prices @ self._rows()
+        starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
+        least = np.minimum.reduceat(priced, starts)
+        return priced - least[self.owner], float(least.sum() - prices.sum())
+
+    def _choose(self, inside: NDArray[np.int64]) -> OptimizeResult:
+        """Solve the integer program on some candidates."""
+        rows = self._rows()[:, inside]
+        for slack in (0.0, _SLACK):
+            result = milp(
+                self.errors[inside],
+                constraints=[
+                    LinearConstraint(self._one_each(self.owner[inside]), 1, 1),
+                    LinearConstraint(rows, -np.inf, 1 - slack),
+                ],
+                integrality=np.ones(len(inside)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+            )
+            if result.x is None or (self.costs[:, inside][:, result.x > 0.5].sum(1) <= self.limits).all():
+                break
+        return result
+
+    def _rows(self) -> NDArray[np.float64]:
+        """Return the costs as parts of their limits."""
+        rows: NDArray[np.float64] = self.costs / np.maximum(self.limits, 1)[:, None]
+        return rows
+
+    @staticmethod
+    def _one_each(owner: NDArray[np.int64]) -> csr_array:
+        """Return the matrix that counts the candidates taken for each layer."""
+        return csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
 
 
 def _unreachable(layers: Sequence[Choices], limits: Limits, fixed_macs: int, fixed_params: int) -> str:

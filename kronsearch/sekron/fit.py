@@ -93,7 +93,7 @@ def fit(
 
 
 def working_dtype(kernel: Tensor) -> torch.dtype:
-    """Return what to fit and to tabulate a kernel in: large ones in float32, at the cost of digits that don't matter."""
+    """Return what to fit and tabulate a kernel in: float32 for large ones, which need no more digits than it has."""
     return torch.float32 if kernel.numel() > _LARGE and kernel.dtype != torch.float64 else torch.float64
 
 

@@ -17,7 +17,6 @@ from kronsearch.plan import Decomposition
 from kronsearch.search.score import Scorer
 from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
 from kronsearch.training.evaluate import evaluate
-from kronsearch.training.precision import precision_for
 
 
 def uniform(cost: ks.ModelCost, macs: int) -> dict[str, SeKronSpec]:
@@ -52,12 +51,11 @@ def main() -> None:
         metrics = calibrate(model, data, list(specs), images=512, seed=0, device="cpu")
     scorer = Scorer(model, data, metrics, settings, "cpu")
     small = scorer.build(specs)
-    precision = precision_for("cpu")
-    before = evaluate(small, data, "test", precision=precision)
+    before = evaluate(small, data, "test")
     started = time.perf_counter()
     if epochs:
         scorer.final(small, epochs, 0, lambda _: None)
-    after = evaluate(small, data, "test", precision=precision)
+    after = evaluate(small, data, "test")
     measured = ks.profile_model(small, input_shape=plan.input_shape)
     told = {
         "method": f"uniform-rank CP, {kind}",

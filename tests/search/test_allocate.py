@@ -63,3 +63,19 @@ def test_two_budgets_that_only_exclude_each_other():
     layers = [choices([(10, 100, 0.0), (100, 10, 0.0)])]
     with pytest.raises(BudgetError, match="each by itself, is 10 MACs and 10 params"):
         allocate(layers, Limits(20, 20))
+
+
+def test_many_layers_with_many_candidates_are_solved_to_the_gap():
+    """As many as a ResNet-50 has."""
+    generator = np.random.default_rng(0)
+    layers = []
+    for _ in range(54):
+        macs, params = generator.integers(10**4, 10**8, (2, 1000))
+        depth = generator.uniform(0.5, 3)
+        error = np.exp(-depth * (np.log(macs) + 0.5 * np.log(params)) / 10) * generator.uniform(0.8, 1.2, 1000)
+        layers.append(Choices(macs, params, error))
+    for limits in (Limits(54 * 10**7, None), Limits(54 * 10**7, 54 * 2 * 10**7)):
+        found = allocate(layers, limits)
+        assert found.macs <= limits.macs
+        assert limits.params is None or found.params <= limits.params
+        assert found.gap <= 1e-3
