@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from kronsearch.errors import PlanError
 from kronsearch.files import write_text
@@ -71,6 +71,14 @@ class LayerPlan(_Part):
     dense: str | None = None
     error: Annotated[float, Field(ge=0)] = 0.0
     """Predicted relative squared error of the kernel, in the norm of the decomposition."""
+
+    @field_serializer("spec")
+    def _plainly(self, spec: SeKronSpec | None) -> dict[str, object] | None:
+        """Leave out that factors are coupled as a tree, which is what a plan means that says nothing."""
+        if spec is None:
+            return None
+        told: dict[str, object] = {"factor_shapes": spec.factor_shapes, "ranks": spec.ranks}
+        return told | ({"coupling": spec.coupling} if spec.coupling == "chain" else {})
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "LayerPlan":

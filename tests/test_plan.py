@@ -34,6 +34,19 @@ def test_the_golden_file_is_written_again_to_the_byte(plan, tmp_path):
     assert (tmp_path / "plan.json").read_bytes() == GOLDEN.read_bytes()
 
 
+def test_a_chain_is_told_and_a_tree_goes_without_saying(plan):
+    shapes = ((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1))
+    for coupling in ("tree", "chain"):
+        layer = LayerPlan(kernel_shape=(8, 4, 3, 3), spec=SeKronSpec(shapes, (2, 2), coupling))
+        layers = {"conv": layer}
+        identity = plan.model.model_copy(update={"fingerprint": fingerprint(layers)})
+        text = plan.model_copy(update={"layers": layers, "model": identity}).model_dump_json()
+        assert ("chain" in text) == ("coupling" in text) == (coupling == "chain")
+        assert parse_plan(text, origin="X").replaced == {"conv": layer.spec}
+    with pytest.raises(PlanError, match="X"):
+        parse_plan(text.replace('"chain"', '"ring"'), origin="X")
+
+
 def test_save_load_save_gives_the_same_bytes(plan, tmp_path):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     save_plan(plan, first)

@@ -69,11 +69,14 @@ def test_errors_of_deep_sequences_bound_real_fits(layer):
     candidates = layer_candidates(conv.weight, cost, SearchSpace(structures=("deep",)))
     kernel = conv.weight.detach().double()
     assert set(candidates.structures()[1:]) == {Structure.DEEP}
+    ratios = []
     for index in range(1, len(candidates)):
         spec = candidates.spec(index)
         error = float(((kernel - reconstruct(decompose(kernel, spec), spec)).norm() / kernel.norm()) ** 2)
-        # fitted ranks bound it, in between it is interpolated; on a random kernel fits end in local minima that differ
-        assert error <= candidates.error[index] * 1.25 + 1e-3
+        ratios.append((error - 1e-3) / candidates.error[index])
+    # Fitted ranks bound it, those in between are interpolated. On a random kernel fits end in local minima that differ.
+    assert np.median(ratios) < 1.05
+    assert max(ratios) < 1.5
 
 
 def test_a_layer_called_twice_costs_twice(layer):
