@@ -15,6 +15,7 @@ from kronsearch.plan import Cost, Plan, parse_plan
 from kronsearch.sekron.convolution import conv_like
 from kronsearch.sekron.layers import Conv, SeKronLayer, SeKronLinear
 from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.shapes import holds_groups
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
 from kronsearch.training.data import Data
@@ -119,7 +120,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
                 f"the plan ({_made_for(plan)}) replaces {name!r} of kernel shape {spec.kernel_shape}, the model has "
                 f"{found}: pass a checkpoint of the network that the plan was made for"
             )
-        if isinstance(layer, Conv) and spec.factor_shapes[0][0] % layer.groups:
+        if isinstance(layer, Conv) and not holds_groups(spec.factor_shapes, layer.groups):
             raise PlanError(
                 f"the plan ({_made_for(plan)}) replaces {name!r} by {spec}, which the model's layer of {layer.groups} "
                 "groups can't be: pass a checkpoint of the network that the plan was made for"
@@ -190,4 +191,4 @@ def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:
     if isinstance(layer, Conv):
         return conv_like(layer).empty(layer, spec)
     assert isinstance(layer, nn.Linear)
-    return SeKronLinear(spec, bias=layer.bias is not None, dtype=layer.weight.dtype, device=layer.weight.device)
+    return SeKronLinear.empty(layer, spec)

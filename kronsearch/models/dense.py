@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["KERNEL_OWNERS", "Watched", "dense_reasons", "watch_forward"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 KERNEL_OWNERS = (*_CONVOLUTIONS, nn.Linear)  # the classes whose `weight` is a kernel
 
@@ -126,7 +127,7 @@ def _place(weight: Tensor) -> tuple[int, int]:
 
 def _kind_reason(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+    if isinstance(module, _TRANSPOSED):
         return "transposed convolution"
     if is_parametrized(module):
         return "parametrized weight"

@@ -8,6 +8,7 @@ what it finds proves for how much excess the others need not be looked at.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +153,7 @@ class _Program:
         """Return every candidate's excess and the error of the relaxation; no excesses if that has no solution."""
         relaxed = linprog(
             self.errors,
-            A_ub=self._rows(),
+            A_ub=self._rows,
             b_ub=np.ones(len(self.limits)),
             A_eq=self._one_each(self.owner),
             b_eq=np.ones(int(self.owner[-1]) + 1),
@@ -160,14 +161,14 @@ class _Program:
         if relaxed.x is None:
             return None, 0.0
         prices = np.maximum(0.0, -relaxed.ineqlin.marginals)
-        priced = self.errors + prices @ self._rows()
+        priced = self.errors + prices @ self._rows
         starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
         least = np.minimum.reduceat(priced, starts)
         return priced - least[self.owner], float(least.sum() - prices.sum())
 
     def _choose(self, inside: NDArray[np.int64]) -> OptimizeResult:
         """Solve the integer program on some candidates."""
-        rows = self._rows()[:, inside]
+        rows = self._rows[:, inside]
         for slack in (0.0, _SLACK):
             result = milp(
                 self.errors[inside],
@@ -183,8 +184,9 @@ class _Program:
                 break
         return result
 
+    @cached_property
     def _rows(self) -> NDArray[np.float64]:
-        """Return the costs as parts of their limits."""
+        """The costs as parts of their limits."""
         rows: NDArray[np.float64] = self.costs / np.maximum(self.limits, 1)[:, None]
         return rows
 

@@ -14,7 +14,7 @@ from kronsearch.models.profile import LayerCost
 from kronsearch.search.space import SearchSpace
 from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
 from kronsearch.sekron.metrics import Metric
-from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, structure_of
+from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, holds_groups, structure_of
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
 
@@ -97,7 +97,7 @@ def sequences(
     dense = sum(dense_macs(kernel_shape, geometry, call) for call in calls)
     deep = cp_sequence(kernel_shape)
     for shapes in (*factor_pairs(kernel_shape), *((deep,) if deep else ())):
-        if shapes[0][0] % geometry.groups:
+        if not holds_groups(shapes, geometry.groups):
             continue
         if structure_of(shapes) in space.structures and min(map(prod, shapes)) <= _LARGEST_GRAM:
             spec = SeKronSpec(shapes, (1,) * (len(shapes) - 1))

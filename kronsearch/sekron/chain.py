@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["balance_chain", "chain_squares", "contract_chain", "fit_chain"]
 
@@ -78,13 +79,17 @@ def _truncated(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     return cores
 
 
-def _padded(matrix: Tensor, size: int, dim: int) -> Tensor:
-    missing = size - matrix.shape[dim]
-    if missing <= 0:
-        return matrix
-    shape = list(matrix.shape)
-    shape[dim] = missing
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim)
+def _padded(tensor: Tensor, size: int, dim: int) -> Tensor:
+    """Fill a dimension up with zeros."""
+    return pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, size - tensor.shape[dim]])
+
+
+def _right_orthonormal(core: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a core (R_{k-1}, R_k, n_k) as one with orthonormal rows, where it has as many, and their mixture."""
+    rows = core.transpose(1, 2)
+    upper = torch.linalg.qr(rows.flatten(1).T)
+    orthonormal = _padded(upper.Q.T, len(core), 0).reshape(rows.shape).transpose(1, 2)
+    return orthonormal, _padded(upper.R.T, len(core), 1)
 
 
 def _sweep(tensor: Tensor, cores: list[Tensor]) -> float:
@@ -98,20 +103,16 @@ def _sweep(tensor: Tensor, cores: list[Tensor]) -> float:
         lefts.append(_append(lefts[-1], core))
     rights = [tensor.new_ones(1, 1)]
     for k in range(last, 0, -1):
-        core = _optimum(tensor, lefts[k], rights[0], cores[k].shape[-1])
-        rows = _padded(torch.linalg.qr(core.transpose(1, 2).flatten(1).T).Q.T, len(core), 0)
-        cores[k] = rows.reshape(len(core), core.shape[2], core.shape[1]).transpose(1, 2)
+        cores[k], _ = _right_orthonormal(_optimum(tensor, lefts[k], rights[0], cores[k].shape[-1]))
         rights.insert(0, _prepend(cores[k], rights[0]))
     left = lefts[0]
-    for k in range(last + 1):
+    for k in range(last):
         core = _optimum(tensor, left, rights[k], cores[k].shape[-1])
-        if k == last:
-            cores[k] = core
-            return float(tensor.square().sum() - core.square().sum())
         columns = _padded(torch.linalg.qr(core.transpose(1, 2).flatten(0, 1)).Q, core.shape[1], 1)
         cores[k] = columns.reshape(core.shape[0], core.shape[2], core.shape[1]).transpose(1, 2)
         left = _append(left, cores[k])
-    raise AssertionError("a chain has a last core")
+    cores[last] = _optimum(tensor, left, rights[last], cores[last].shape[-1])
+    return float(tensor.square().sum() - cores[last].square().sum())
 
 
 def _optimum(tensor: Tensor, left: Tensor, right: Tensor, extent: int) -> Tensor:
@@ -129,12 +130,7 @@ def balance_chain(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tens
     cores = as_cores(matrices, ranks)
     carried = cores[-1].new_ones(1, 1)
     for k in range(len(cores) - 1, 0, -1):  # right-orthonormal
-        core = (cores[k].transpose(1, 2) @ carried).transpose(1, 2)
-        upper = torch.linalg.qr(core.transpose(1, 2).flatten(1).T, mode="reduced")
-        width = len(core)
-        rows, rest = _padded(upper.Q.T, width, 0), _padded(upper.R.T, width, 1)
-        cores[k] = rows.reshape(width, core.shape[2], core.shape[1]).transpose(1, 2)
-        carried = rest
+        cores[k], carried = _right_orthonormal((cores[k].transpose(1, 2) @ carried).transpose(1, 2))
     cores[0] = (cores[0].transpose(1, 2) @ carried).transpose(1, 2)
     bonds = [cores[0].new_ones(1)]
     for k in range(len(cores) - 1):

@@ -154,16 +154,14 @@ class SeKronConv(SeKronLayer):
         """Convolve with the kernel, formed in the factors' own precision."""
         with torch.autocast(data.device.type, enabled=False):
             kernel = self.kernel
-        geometry = self.geometry
-        padding = [0 if geometry.padded_first else before for before, _ in geometry.padding]
-        convolve = type(self).convolve
-        return convolve(data, kernel, self.bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+        return self._convolve(data, kernel, self.bias, self.geometry, self.geometry.groups)
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        geometry = stage.geometry
-        padding = [before for before, _ in geometry.padding]
-        convolve = type(self).convolve
-        return convolve(data, weight, bias, geometry.stride, padding, geometry.dilation, stage.groups)
+        return self._convolve(data, weight, bias, stage.geometry, stage.groups)
+
+    def _convolve(self, data: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
+        padding = [0 if geometry.padded_first else before for before, _ in geometry.padding]
+        return type(self).convolve(data, weight, bias, geometry.stride, padding, geometry.dilation, groups)
 
 
 class SeKronConv1d(SeKronConv):

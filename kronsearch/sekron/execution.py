@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kronsearch.errors import SpecError
+from kronsearch.sekron.shapes import holds_groups
 from kronsearch.sekron.spec import SeKronSpec
 
 __all__ = ["Geometry", "Stage", "count_macs", "dense_macs", "plan_stages"]
@@ -86,7 +87,7 @@ def plan_stages(spec: SeKronSpec, geometry: Geometry) -> tuple[Stage, ...]:
         SpecError: the first factor's out channels are not a multiple of the layer's groups.
     """
     shapes, ranks, last = spec.factor_shapes, spec.ranks, spec.sequence_length - 1
-    if shapes[0][0] % geometry.groups:
+    if not holds_groups(shapes, geometry.groups):
         raise SpecError(
             f"the first factor of {spec} has {shapes[0][0]} out channels, which a layer of {geometry.groups} groups "
             "can't divide: its groups are the most significant digit of the out channels"

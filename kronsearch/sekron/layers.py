@@ -188,9 +188,13 @@ class SeKronLinear(SeKronLayer):
             SpecError: the spec's shapes don't multiply to the weight's.
         """
         spec.check_kernel(linear.weight.shape)
+        return cls.empty(linear, spec).load_layer(linear, metric, refine)
+
+    @classmethod
+    def empty(cls, linear: nn.Linear, spec: SeKronSpec) -> Self:
+        """Return the factorised layer of a linear one with factors of zeros."""
         weight = linear.weight
-        layer = cls(spec, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
-        return layer.load_layer(linear, metric, refine)
+        return cls(spec, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
 
     def to_linear(self) -> nn.Linear:
         """Return the dense linear layer of the reconstructed weight."""

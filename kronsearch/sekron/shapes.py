@@ -6,7 +6,16 @@ from functools import cache
 from itertools import product
 from math import prod
 
-__all__ = ["FactorShape", "FactorShapes", "Structure", "cp_sequence", "divisors", "factor_pairs", "structure_of"]
+__all__ = [
+    "FactorShape",
+    "FactorShapes",
+    "Structure",
+    "cp_sequence",
+    "divisors",
+    "factor_pairs",
+    "holds_groups",
+    "structure_of",
+]
 
 FactorShape = tuple[int, ...]
 FactorShapes = tuple[FactorShape, ...]
@@ -58,6 +67,14 @@ def cp_sequence(kernel_shape: FactorShape) -> FactorShapes | None:
         return None
     ones = (1,) * len(extent)
     return (out_channels, 1, *ones), (1, 1, *extent), (1, in_channels, *ones)
+
+
+def holds_groups(factor_shapes: FactorShapes, groups: int) -> bool:
+    """Tell whether a grouped layer can have a sequence: its groups are the most significant digit of the out channels.
+
+    They belong to the first factor, whose out channels they must divide.
+    """
+    return factor_shapes[0][0] % groups == 0
 
 
 def structure_of(factor_shapes: FactorShapes) -> Structure:

@@ -14,6 +14,15 @@ from kronsearch.training.task import Classification
 SPACE = SearchSpace(deep_fits=3)
 
 
+# of the study of `found`, to which a search with them comes back
+SETTINGS = {
+    "budget": ks.Budget(flops="50%", params="60%"),
+    "trials": 2,
+    "space": SPACE,
+    "model_spec": "zoo:digits",
+}
+
+
 @pytest.fixture(scope="module")
 def found(digits_model, digits_data, tmp_path_factory):
     """A search with two trials, and what it told."""
@@ -21,12 +30,9 @@ def found(digits_model, digits_data, tmp_path_factory):
     result = ks.search(
         digits_model,
         digits_data,
-        budget=ks.Budget(flops="50%", params="60%"),
-        trials=2,
-        space=SPACE,
         out=out,
         final_epochs=0.5,
-        model_spec="zoo:digits",
+        **SETTINGS,
         watch=told.append,
     )
     return result, told
@@ -80,12 +86,9 @@ def test_the_plan_applied_with_data_is_what_the_search_scored(found, digits_mode
     untuned = ks.search(
         digits_model,
         digits_data,
-        budget=ks.Budget(flops="50%", params="60%"),
-        trials=2,
-        space=SPACE,
         storage=f"sqlite:///{result.out / 'study.db'}",
         final_epochs=0,
-        model_spec="zoo:digits",
+        **SETTINGS,
     )
     assert untuned.plan == result.plan
     mine, theirs = applied.state_dict(), untuned.model.state_dict()
