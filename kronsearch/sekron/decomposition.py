@@ -7,9 +7,10 @@ from torch import Tensor
 from kronsearch.sekron.chain import fit_chain
 from kronsearch.sekron.fit import fit, working_dtype
 from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.refit import refit
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import balanced_factors, reconstruct, unfold_kernel
+from kronsearch.sekron.tensors import as_matrices, balanced_factors, reconstruct, unfold_kernel
 
 __all__ = ["decompose", "relative_error"]
 
@@ -23,8 +24,8 @@ def decompose(
         kernel: (out channels, in channels, *extent), any floating dtype and device.
         spec: sequence and ranks; its shapes multiply to the kernel's.
         metric: of the layer; with it the error is small where it matters to the network.
-        refine: fit all factors together by alternating least squares; None means where the truncated SVDs are not
-            optimal already, for three factors and more.
+        refine: fit all factors together: three factors and more by alternating least squares, and with a metric in
+            its whole moments at last; None does where the truncated SVDs are not optimal already, False nowhere.
 
     Returns:
         S tensors of `spec.tensor_shapes`, in the kernel's dtype and on its device, their norms balanced.
@@ -47,7 +48,10 @@ def decompose(
         matrices = fit(tensor, spec.ranks)[0] if joint else recursive_svd(tensor, spec.ranks)
     if metric is not None:
         matrices = metric.unweight(matrices, shapes)
-    return tuple(factor.to(kernel.dtype) for factor in balanced_factors(matrices, spec))
+    factors = balanced_factors(matrices, spec)
+    if metric is not None and refine is not False:
+        factors = balanced_factors(refit(kernel, as_matrices(factors, spec), spec, metric), spec)
+    return tuple(factor.to(kernel.dtype) for factor in factors)
 
 
 def relative_error(kernel: Tensor, factors: Sequence[Tensor], spec: SeKronSpec) -> float:

@@ -28,14 +28,14 @@ from torch import Tensor
 from kronsearch.sekron.svd import recursive_svd
 from kronsearch.sekron.tensors import balance, contract, leaves
 
-__all__ = ["fit", "grow", "working_dtype"]
+__all__ = ["RESTRAINT", "fit", "grow", "working_dtype"]
 
 _LARGE = 2**19  # entries above which a kernel that is not float64 itself is taken as float32
 _MOST_SWEEPS, _FEWEST_SWEEPS = 300, 40
 _SWEPT = 30_000_000  # entries of the tensor times sweeps, between those two: a sweep of 2 M entries takes a second
 _TOLERANCE = 2e-4  # of the squared error, over `_WINDOW` sweeps
 _WINDOW = 5
-_RESTRAINT = 0.03  # times the squared error, weighs the terms' squared norms; a third and three times of it end higher
+RESTRAINT = 0.03  # times the squared error, weighs the terms' squared norms; a third and three times of it end higher
 _PROXIMAL = 1e-9  # of the Gram matrix's mean eigenvalue, for terms of zero, which nothing else restrains
 _FIRST_REACH, _REACH_GROWTH, _BOUND_GROWTH, _REACH_CUT = 0.5, 1.05, 1.01, 1.5  # of the extrapolation
 
@@ -70,7 +70,7 @@ def fit(
     history: list[float] = []  # of the objective
     ahead = matrices  # where the next sweep begins
     reach, bound = _FIRST_REACH, 1.0  # in differences of the last two ends
-    weight = _RESTRAINT
+    weight = RESTRAINT
     for _ in range(sweeps):
         swept = list(ahead)
         squared, terms = (max(part, 0.0) / energy for part in sweep(tensor, swept, ranks, weight))
@@ -82,7 +82,7 @@ def fit(
         ahead = [end + reach * (end - begun) for end, begun in zip(swept, matrices, strict=True)]
         reach, bound = min(bound, reach * _REACH_GROWTH), min(1.0, bound * _BOUND_GROWTH)
         matrices = swept
-        weight = min(weight, _RESTRAINT * squared)
+        weight = min(weight, RESTRAINT * squared)
         history.append(squared + weight * terms)
         if squared < 10 * rounding:
             break

@@ -81,6 +81,12 @@ def _roots(matrix: Tensor) -> Roots:
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
+def _ridged(matrix: Tensor) -> Tensor:
+    mean = float(matrix.diagonal().mean())
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + _RIDGE * mean * eye if mean > 0 else eye
+
+
 class Metric:
     """The weighting of a layer's kernel by its moments, for any sequence of factors.
 
@@ -98,6 +104,11 @@ class Metric:
     def forget(self) -> None:
         """Drop the kept roots, hundreds of megabytes for a wide layer; they are formed again where they are needed."""
         self._kept.clear()
+
+    def regularised(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return the moments of inputs and outputs as they are, but for the ridge that the roots have as well."""
+        inputs, outputs = self.moments.inputs, self.moments.outputs
+        return _ridged(inputs.to(device, dtype)), None if outputs is None else _ridged(outputs.to(device, dtype))
 
     def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[Roots]:
         key = (outputs, shapes)
