@@ -16,7 +16,7 @@ from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, holds_groups, structure_of
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tables import ErrorTable, cp_table, pair_table
+from kronsearch.sekron.tables import ErrorTable, cp_table, pair_tables
 
 __all__ = ["Candidates", "UnitCost", "layer_candidates", "pareto", "sequences"]
 
@@ -119,10 +119,8 @@ def layer_candidates(
     """
     kernel, shape, dense = kernel.detach(), tuple(kernel.shape), cost.kernel_macs
     assert cost.geometry is not None
-    found: list[tuple[UnitCost, ErrorTable]] = []
-    for unit in sequences(shape, cost.geometry, cost.calls, space):
-        highest = max((dense - 1) // unit.macs, (kernel.numel() - 1) // unit.params)
-        found.append((unit, _table(kernel, unit.factor_shapes, highest, space, metric)))
+    units = list(sequences(shape, cost.geometry, cost.calls, space))
+    found = list(zip(units, _tables(kernel, units, dense, space, metric), strict=True))
     shapes = (*(unit.factor_shapes for unit, _ in found), (shape,))
     sequence = [np.full(len(table.ranks), i) for i, (_, table) in enumerate(found)]
     rank = [table.ranks[:, 0] for _, table in found]
@@ -144,12 +142,19 @@ def layer_candidates(
     return everything.take(saves)
 
 
-def _table(kernel: Tensor, shapes: FactorShapes, highest: int, space: SearchSpace, metric: Metric | None) -> ErrorTable:
-    if structure_of(shapes) is Structure.DEEP:
-        with torch.no_grad():
-            return cp_table(kernel, shapes, highest, fits=space.deep_fits, metric=metric)
-    table = pair_table(kernel, shapes, metric=metric)
-    return ErrorTable(shapes, table.ranks[:highest], table.errors[:highest])
+def _tables(
+    kernel: Tensor, units: Sequence[UnitCost], dense: int, space: SearchSpace, metric: Metric | None
+) -> Iterator[ErrorTable]:
+    """Yield the table of each sequence, up to the rank at which it saves neither MACs nor params."""
+    pairs = iter(pair_tables(kernel, [u.factor_shapes for u in units if len(u.factor_shapes) == 2], metric=metric))
+    for unit in units:
+        highest = max((dense - 1) // unit.macs, (kernel.numel() - 1) // unit.params)
+        if structure_of(unit.factor_shapes) is Structure.DEEP:
+            with torch.no_grad():
+                yield cp_table(kernel, unit.factor_shapes, highest, fits=space.deep_fits, metric=metric)
+        else:
+            table = next(pairs)
+            yield ErrorTable(unit.factor_shapes, table.ranks[:highest], table.errors[:highest])
 
 
 def pareto(costs: Sequence[NDArray[Any]], error: NDArray[np.float64]) -> NDArray[np.int64]:

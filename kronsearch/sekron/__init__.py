@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kronsearch.sekron.formats import FamilyMember, from_cp, from_tr, from_tt, from_tucker
     from kronsearch.sekron.layers import SeKronLinear
     from kronsearch.sekron.metrics import Metric, Moments
-    from kronsearch.sekron.tables import ErrorTable, chain_table, cp_table, pair_table
+    from kronsearch.sekron.tables import ErrorTable, chain_table, cp_table, pair_table, pair_tables
     from kronsearch.sekron.tensors import reconstruct
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "from_tt",
     "from_tucker",
     "pair_table",
+    "pair_tables",
     "reconstruct",
     "relative_error",
 ]
@@ -64,6 +65,7 @@ _HOMES = {
     "from_tt": "formats",
     "from_tucker": "formats",
     "pair_table": "tables",
+    "pair_tables": "tables",
     "reconstruct": "tensors",
     "relative_error": "decomposition",
 }

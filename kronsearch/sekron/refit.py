@@ -1,8 +1,8 @@
 """The last step of a data-aware decomposition: the factors in the norm of the moments themselves.
 
 A metric weighs each factor by itself, and for that takes the moments' nearest Kronecker products. The factors that are
-best in that norm are a good start, no more: on a ResNet-32 the output error of whole moments falls by another 15 to 60 %
-of itself, and so does much of what the network loses. No factor has a closed form there, so all are moved together by a
+best in that norm are a good start, no more: on a ResNet-32 the error in the whole moments falls by another 15 to 60 %,
+and with it much of what the network loses. No factor has a closed form there, so all are moved together by a
 quasi-Newton method (L-BFGS: Liu and Nocedal, 1989), with the restraint on the terms' norms that joint fits have.
 """
 

@@ -1,6 +1,8 @@
 """Error tables: what every rank of a sequence costs in accuracy of the kernel, without running the network."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -12,14 +14,15 @@ from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import chain_squares
 from kronsearch.sekron.fit import fit, grow, working_dtype
 from kronsearch.sekron.metrics import Metric
-from kronsearch.sekron.shapes import FactorShapes
+from kronsearch.sekron.shapes import FactorShape, FactorShapes
 from kronsearch.sekron.spec import Coupling
 from kronsearch.sekron.tensors import unfold_kernel
 
-__all__ = ["ErrorTable", "chain_table", "cp_table", "pair_table", "rank_grid"]
+__all__ = ["ErrorTable", "chain_table", "cp_table", "pair_table", "pair_tables", "rank_grid"]
 
 _STEP_SWEEPS = 60  # at each rank of a warm-started ladder: within some percent of a full fit where errors matter
 _LARGE_STEP_SWEEPS = 12  # of a large kernel, where they take seconds
+_KEPT = 2**29  # bytes of Gram matrices that others may be traced from
 _NO_ERROR = 1e-12  # float32 fits are no better, and a logarithm is taken
 
 
@@ -41,20 +44,68 @@ class ErrorTable:
 
 
 def pair_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | None = None) -> ErrorTable:
-    """Return the exact errors of all ranks of a sequence of two factors, ascending (Eckart and Young, 1936).
+    """Return the exact errors of all ranks of one sequence of two factors, as `pair_tables` does of many."""
+    return pair_tables(kernel, [factor_shapes], metric=metric)[0]
 
-    Only the eigenvalues of the smaller Gram matrix are formed. Errors below 1e-15 of the kernel's energy, near the
-    full rank, are rounding; of large kernels, whose Gram matrices are formed in float32, those below 1e-6.
+
+def pair_tables(kernel: Tensor, sequences: Sequence[FactorShapes], *, metric: Metric | None = None) -> list[ErrorTable]:
+    """Return the exact errors of all ranks of sequences of two factors, ascending (Eckart and Young, 1936).
+
+    Only the eigenvalues of the smaller Gram matrix are formed. In the plain norm that is a partial trace of the Gram
+    matrix of any sequence whose factor on that side is a multiple of this one's, where there was one before: the larger
+    matrices alone are multiplied out. Errors below 1e-15 of the kernel's energy, near the full rank, are rounding; of
+    large kernels, whose Gram matrices are formed in float32, those below 1e-6.
+
+    Args:
+        kernel: (out channels, in channels, *extent).
+        sequences: of two factor shapes each.
+        metric: of the layer, plain when None.
     """
-    matrix = unfold_kernel(kernel.detach().to(working_dtype(kernel)), factor_shapes)
-    if metric is not None:
-        matrix = metric.weight(matrix, factor_shapes)
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    kernel = kernel.detach().to(working_dtype(kernel))
+    kept: dict[tuple[int, FactorShape], Tensor] = {}  # by side and its factor shape
+    tables: dict[int, ErrorTable] = {}
+    for index in sorted(range(len(sequences)), key=lambda i: -min(map(prod, sequences[i]))):
+        shapes = sequences[index]
+        side = 0 if prod(shapes[0]) <= prod(shapes[1]) else 1
+        gram = None if metric is not None else _traced(kept, side, shapes[side])
+        if gram is None:
+            matrix = unfold_kernel(kernel, shapes)
+            if metric is not None:
+                matrix = metric.weight(matrix, shapes)
+            gram = matrix @ matrix.T if side == 0 else matrix.T @ matrix
+        if metric is None and sum(other.nbytes for other in kept.values()) + gram.nbytes <= _KEPT:
+            kept[side, shapes[side]] = gram
+        tables[index] = _table_of(gram, shapes)
+    return [tables[index] for index in range(len(sequences))]
+
+
+def _traced(kept: Mapping[tuple[int, FactorShape], Tensor], side: int, shape: FactorShape) -> Tensor | None:
+    """Return the Gram matrix of a factor shape as the partial trace of the smallest one that has it."""
+    above = [
+        (prod(wide), wide)
+        for other, wide in kept
+        if other == side and all(n % m == 0 for n, m in zip(wide, shape, strict=True))
+    ]
+    if not above:
+        return None
+    wide = min(above)[1]
+    # the digits of the leading factor come first in each mode, those of the trailing one last
+    digits = [pair for n, m in zip(wide, shape, strict=True) for pair in ((m, n // m) if side == 0 else (n // m, m))]
+    rows = list(range(len(digits)))
+    summed, own = (rows[1::2], rows[::2]) if side == 0 else (rows[::2], rows[1::2])
+    columns = [row + len(rows) for row in rows]
+    gram = kept[side, wide].reshape(digits * 2)
+    order = [*own, *(columns[row] for row in own), *summed, *(columns[row] for row in summed)]
+    over, size = prod(wide) // prod(shape), prod(shape)
+    return gram.permute(order).reshape(size, size, over, over).diagonal(dim1=2, dim2=3).sum(-1)
+
+
+def _table_of(gram: Tensor, shapes: FactorShapes) -> ErrorTable:
     squares = torch.linalg.eigvalsh(gram).double().clamp_min(0)  # ascending
     tails = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     energy = float(tails[-1]) or 1.0
     errors = (tails[:-1].flip(0) / energy).cpu().numpy()
-    return ErrorTable(factor_shapes, np.arange(1, len(errors) + 1)[:, None], errors)
+    return ErrorTable(shapes, np.arange(1, len(errors) + 1)[:, None], errors)
 
 
 def cp_table(

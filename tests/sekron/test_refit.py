@@ -68,7 +68,7 @@ def test_two_factors_end_where_nothing_near_is_better(kernel, generator):
 
 
 def test_what_is_optimal_already_stays(kernel, generator):
-    """A bottleneck's inputs are weighed whole, and its outputs too: the closed form is the optimum but for the ridge."""
+    """A bottleneck's inputs are weighed whole, and its outputs too: the closed form is optimal but for the ridge."""
     spec, metric = SeKronSpec(BOTTLENECK, (3,)), Metric(Moments(moment(24, generator), moment(6, generator)))
     closed, refitted = (reconstruct(decompose(kernel, spec, metric=metric, refine=r), spec) for r in (False, None))
     torch.testing.assert_close(refitted, closed, rtol=0, atol=1e-3)

@@ -21,7 +21,9 @@ from kronsearch.sekron import (
     decompose,
     factor_pairs,
     pair_table,
+    pair_tables,
 )
+from kronsearch.sekron import tables as module
 from kronsearch.sekron.tables import rank_grid
 
 KERNELS = [(16, 12, 3, 3), (12, 3, 5, 5), (10, 24), (16, 16, 1, 1), (8, 6, 1, 7)]
@@ -220,3 +222,25 @@ def test_a_metric_weighs_chain_tables_and_other_lengths_are_refused(generator):
     assert error == pytest.approx(float(values[2:].sum() / values.sum()))
     with pytest.raises(SpecError, match=r"takes three factors, .* has 2"):
         chain_table(kernel, ((6, 1, 1, 1), (1, 4, 3, 3)))
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3, 3), (16, 12), (12, 6, 3), (4, 4, 3, 2, 2)])
+def test_tables_made_together_are_those_made_alone(shape):
+    """Alone each Gram matrix is multiplied out; together most are traced from larger ones."""
+    kernel = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = list(factor_pairs(shape))
+    together = pair_tables(kernel, pairs)
+    assert [table.factor_shapes for table in together] == pairs
+    for table, pair in zip(together, pairs, strict=True):
+        alone = pair_table(kernel, pair)
+        assert table.ranks.tolist() == alone.ranks.tolist()
+        np.testing.assert_allclose(table.errors, alone.errors, rtol=1e-9, atol=1e-12)
+
+
+def test_gram_matrices_that_would_fill_the_memory_are_not_kept(monkeypatch):
+    kernel = torch.randn(8, 12, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = list(factor_pairs(kernel.shape))
+    kept = pair_tables(kernel, pairs)
+    monkeypatch.setattr(module, "_KEPT", 10_000)
+    for table, expected in zip(pair_tables(kernel, pairs), kept, strict=True):
+        np.testing.assert_allclose(table.errors, expected.errors, rtol=1e-9, atol=1e-12)
