@@ -51,23 +51,23 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
 
     def objective() -> float:
         nonlocal weight, best, found
-        for parameter in parameters:
-            parameter.grad = None
         with torch.enable_grad():
             formed = reconstruct(as_factors(parameters, spec), spec).flatten(1)
         lost = target - formed.detach()
         weighted = (lost if outputs is None else outputs @ lost) @ inputs
-        error = float((weighted * lost).sum()) / energy
-        formed.backward(weighted * (-2 / energy))
+        value = float((weighted * lost).sum()) / energy
+        gradients = torch.autograd.grad(formed, parameters, weighted * (-2 / energy))
         if weight is None:
-            weight = RESTRAINT * error
-        value = error
-        if restrained and weight > 0:
+            weight = RESTRAINT * value if restrained else 0.0
+        if weight > 0:
             with torch.enable_grad():
-                columns = leaves(parameters, spec.ranks)
-                terms = torch.stack([column.square().sum(1) for column in columns]).prod(0).sum() * (weight / size)
-                terms.backward()
+                squares = [column.square().sum(1) for column in leaves(parameters, spec.ranks)]
+                terms = torch.stack(squares).prod(0).sum() * (weight / size)
+            others = torch.autograd.grad(terms, parameters)
+            gradients = tuple(own + other for own, other in zip(gradients, others, strict=True))
             value += float(terms.detach())
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         if value < best:
             best, found = value, [parameter.detach().clone() for parameter in parameters]
         return value
@@ -77,5 +77,5 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
     optimiser = torch.optim.LBFGS(
         parameters, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
     )
-    optimiser.step(objective)
+    optimiser.step(objective)  # type: ignore[no-untyped-call]
     return found
