@@ -76,6 +76,9 @@ def run(
     out: Annotated[
         Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-out]")
     ] = None,
+    cache: Annotated[
+        Words, typer.Option("--cache", metavar="DIR", help="Statistics and error tables to share [default: OUT/cache]")
+    ] = None,
     device: Device = None,
     seed: Seed = None,
     final_epochs: Annotated[

@@ -51,6 +51,7 @@ def run(settings: Settings) -> None:
             storage=settings.storage,
             study=settings.study,
             out=settings.out,
+            cache=settings.cache,
             input_shape=_input_shape(settings, spec, model, data),
             device=device,
             seed=settings.seed,

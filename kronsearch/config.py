@@ -73,6 +73,7 @@ class Settings(BaseModel):
     storage: str | None = None
     study: str | None = None
     out: str = "kronsearch-out"
+    cache: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     final_epochs: Annotated[float, Field(ge=0)] = 2.0

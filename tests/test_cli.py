@@ -72,7 +72,7 @@ def test_options_reach_the_search(calls):
         *("run", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--input-shape", "1,8,8", "--budget-flops", "1G", "--budget-params", "20%", "--space", "spatial"),
         *("--trials", "3", "--timeout", "2m", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
-        *("--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
+        *("--cache", "kept", "--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
     )
     assert calls.load_model == ("m:f", "w.pt", {"a": 1})
     assert calls.load_data == ("digits", 5)
@@ -88,6 +88,7 @@ def test_options_reach_the_search(calls):
         "storage": "sqlite:///x.db",
         "study": "s",
         "out": "there",
+        "cache": "kept",
         "input_shape": (1, 8, 8),
         "device": "cpu",
         "seed": 5,

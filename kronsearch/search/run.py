@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,19 +17,20 @@ from torch import nn
 from kronsearch.budget import Budget
 from kronsearch.errors import ModelError, StudyError
 from kronsearch.files import replacing
-from kronsearch.models.apply import apply_plan, calibrate, is_compressed, load_compressed, save_compressed
-from kronsearch.models.checkpoint import fingerprint_weights, read_metadata
+from kronsearch.models.apply import apply_plan, load_compressed
+from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.models.profile import profile_model
-from kronsearch.plan import Decomposition, Plan, Score, parse_plan, save_plan
-from kronsearch.search.candidates import Candidates, layer_candidates
+from kronsearch.models.shelf import Shelf
+from kronsearch.plan import Decomposition, Plan, save_plan
 from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
+from kronsearch.search.finish import final_plan, finish, is_done
+from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.reach import check_reachable, replaceable
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.study import PLAN, Study, given_trials, suggest
-from kronsearch.sekron.metrics import Metric
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
@@ -78,6 +78,7 @@ def search(
     storage: str | None = None,
     study: str | None = None,
     out: str | Path | None = None,
+    cache: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -101,6 +102,8 @@ def search(
         storage: Optuna storage URL; by default `study.db` in `out`, or memory where there is no `out`.
         study: its name in the storage, `kronsearch` by default.
         out: folder for `plan.json`, `compressed.safetensors`, `trials.csv` (and `study.db`).
+        cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
+            and seed takes from there; by default `cache` in `out`, or none where there is no `out`.
         input_shape: of one example; by default the data's.
         device: to run on.
         seed: of everything random.
@@ -117,15 +120,19 @@ def search(
     if final_epochs < 0:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     started = time.monotonic()
-    run = _Run(model, data, budget, space, input_shape, device, seed, model_spec, dict(model_args or {}), watch)
     folder = None if out is None else Path(out)
+    if cache is None and folder is not None:
+        cache = folder / "cache"
+    shelf = Shelf(None if cache is None else Path(cache))
+    run = _Run(model, data, budget, space, input_shape, device, seed, model_spec, dict(model_args or {}), shelf, watch)
     if storage is None and folder is not None:
         _make_folder(folder)
         storage = f"sqlite:///{folder / 'study.db'}"
     ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     if folder is not None:
         _make_folder(folder)
-    run.prepare(None if len(ledger.finished()) < run.wanted(trials) else ledger.best())
+    if len(ledger.finished()) < run.wanted(trials):
+        run.set_problem()
     run.begin(ledger, trials)
     while (done := len(ledger.finished())) < run.wanted(trials):
         if done and timeout is not None and time.monotonic() - started > timeout:
@@ -136,7 +143,7 @@ def search(
     best = ledger.best()
     if best is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
-    plan = run.final_plan(best, ledger.name)
+    plan = final_plan(best, ledger.name, data)
     small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
@@ -159,10 +166,12 @@ class _Run:
         seed: int,
         model_spec: str | None,
         model_args: dict[str, Any],
+        shelf: Shelf,
         watch: Watcher,
     ) -> None:
         self.data, self.budget, self.device, self.seed, self.watch = data, budget, device, seed, watch
-        self.model_spec = model_spec
+        self.model_spec, self.shelf = model_spec, shelf
+        self._scorer: Scorer | None = None
         self.space = space if isinstance(space, SearchSpace) else load_space(space)
         shape = input_shape or (data.input_shape if data is not None else None)
         if shape is None:
@@ -210,39 +219,40 @@ class _Run:
     def wanted(self, trials: int) -> int:
         return trials if self.data is not None else 1
 
-    def prepare(self, finished: FrozenTrial | None) -> None:
-        """Measure, decompose, and set the problem; where all trials are done only what the winner needs."""
-        metrics: dict[str, Metric] = {}
-        self.scorer: Scorer | None = None
-        if self.data is not None:
-            self._tell("calibrate", 0, 1)
-            metrics = calibrate(
-                self.dense,
-                self.data,
-                self.names,
-                images=self.settings.calibration_images,
-                seed=self.settings.seed,
-                device=self.device,
-            )
-            self._tell("calibrate", 1, 1)
-            self.scorer = Scorer(self.dense, self.data, metrics, self.settings, self.device)
-        if finished is not None:
-            return
-        candidates: list[Candidates] = []
-        sensitivity: dict[str, float] = {}
-        for done, name in enumerate(self.names):
-            self._tell("tables", done, len(self.names), name)
-            kernel = self.dense.get_parameter(f"{name}.weight").detach()
-            metric = metrics.get(name)
-            everything = layer_candidates(kernel, self.cost.layer(name), self.space, metric=metric)
-            candidates.append(everything.without_pointless())
-            if metric is not None:
-                sensitivity[name] = max(0.0, metric.energy(kernel))  # below zero by rounding, where inputs are constant
-                metric.forget()
-        self._tell("tables", len(self.names), len(self.names))
-        usual = statistics.median(sensitivity.values()) if sensitivity else 1.0
-        sensitivity = {name: sensitivity.get(name, usual) for name in self.names}
+    def prepared(self) -> Prepared:
+        """Return the metrics of the replaceable layers."""
+        if self.data is None:
+            return Prepared({}, None)
+        self._tell("calibrate", 0, 1)
+        found = measure(self.dense, self.data, self.names, self.settings, shelf=self.shelf, device=self.device)
+        self._tell("calibrate", 1, 1)
+        return found
+
+    def set_problem(self) -> None:
+        """Measure, decompose, and set what the trials are about."""
+        prepared, total = self.prepared(), len(self.names)
+        candidates, sensitivity = tabulate(
+            self.dense,
+            self.cost,
+            self.names,
+            self.space,
+            prepared,
+            shelf=self.shelf,
+            tell=lambda done, name: self._tell("tables", done, total, name),
+        )
         self.problem = Problem(self.cost, self.limits, candidates, sensitivity)
+        self._scorer = self._scorer_with(prepared)
+
+    def scorer(self) -> Scorer | None:
+        """Return the one scorer, None without data."""
+        if self._scorer is None and self.data is not None:
+            self._scorer = self._scorer_with(self.prepared())
+        return self._scorer
+
+    def _scorer_with(self, prepared: Prepared) -> Scorer | None:
+        if self.data is None:
+            return None
+        return Scorer(self.dense, self.data, prepared.metrics, self.settings, self.device)
 
     def begin(self, ledger: Study, trials: int) -> None:
         """Tell that trials are next."""
@@ -280,7 +290,8 @@ class _Run:
 
     def _score(self, trial: Trial, plan: Plan, twin: FrozenTrial | None) -> float | None:
         """Return a plan's score, None if it is pruned or diverges; what an earlier trial with the same plan had."""
-        if self.scorer is None:
+        scorer = self.scorer()
+        if scorer is None:
             return plan.predicted_error
         if twin is not None:
             if twin.state is not TrialState.COMPLETE:
@@ -288,10 +299,10 @@ class _Run:
             for key in ("settled", "error", "divergence", "examples"):
                 trial.set_user_attr(key, twin.user_attrs.get(key))
             return twin.value
-        small = self.scorer.build(plan.replaced)
-        trial.set_user_attr("settled", self.scorer.validate(small).metric)
+        small = scorer.build(plan.replaced)
+        trial.set_user_attr("settled", scorer.validate(small).metric)
         last: Evaluation | None = None
-        for step, evaluation in enumerate(self.scorer.proxy(small, self.seed)):
+        for step, evaluation in enumerate(scorer.proxy(small, self.seed)):
             if not math.isfinite(evaluation.metric):
                 return None
             last = evaluation
@@ -305,45 +316,16 @@ class _Run:
         trial.set_user_attr("examples", last.n)
         return last.metric
 
-    def final_plan(self, best: FrozenTrial, study: str) -> Plan:
-        """Return the stored plan of a trial with its score and where it comes from."""
-        plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
-        score = None
-        if self.data is not None and best.value is not None:
-            examples = int(best.user_attrs.get("examples") or 0)
-            score = Score(metric=self.data.task.metric_name, value=best.value, examples=examples)
-        provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number})
-        return plan.model_copy(update={"score": score, "provenance": provenance})
-
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
         """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
         path = None if folder is None else folder / "compressed.safetensors"
-        epochs = epochs if self.scorer is not None else 0.0
-        if path is not None and self._is_done(path, plan, epochs):
+        epochs = epochs if self.data is not None else 0.0
+        if path is not None and is_done(path, plan, epochs):
             return load_compressed(self.dense, path, plan).to(self.device)
-        if self.scorer is None:
-            small = apply_plan(self.dense, plan, device=self.device)
-        else:
-            small = self.scorer.build(plan.replaced)
-        measured = profile_model(small, input_shape=plan.input_shape)
-        if (measured.macs, measured.params) != (plan.compressed.macs, plan.compressed.params):
-            raise ModelError(
-                f"the applied plan has {measured.macs} MACs and {measured.params} params by fvcore, but was counted as "
-                f"{plan.compressed.macs} and {plan.compressed.params}: this is a bug, please report the model"
-            )
-        if self.scorer is not None and epochs > 0 and not self.scorer.final(small, epochs, self.seed, self._tell_final):
-            raise StudyError(
-                f"the final fine-tune of {epochs} epochs diverged: run the same line again with other --final-epochs"
-            )
-        if path is not None:
-            save_compressed(small, plan, path, epochs=epochs)
+        scorer = self.scorer()
+        small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
+        finish(small, plan, scorer, epochs=epochs, seed=self.seed, path=path, tell=self._tell_final)
         return small
-
-    def _is_done(self, path: Path, plan: Plan, epochs: float) -> bool:
-        if not (path.is_file() and is_compressed(path)):
-            return False
-        metadata = read_metadata(path)
-        return metadata.get("plan") == plan.model_dump_json() and metadata.get("epochs") == str(epochs)
 
     def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
         """Evaluate the dense and the compressed network on the test split."""

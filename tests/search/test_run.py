@@ -73,6 +73,7 @@ def test_files_hold_what_the_result_does(found, digits_model):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), result.model.parameters(), strict=True))
     assert pd.read_csv(result.out / "trials.csv")["trial"].tolist() == [0, 1]
     assert sorted(path.name for path in result.out.iterdir()) == [
+        "cache",
         "compressed.safetensors",
         "plan.json",
         "study.db",

@@ -1,0 +1,58 @@
+"""What takes long to compute, kept on disk by what it was computed from."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kronsearch.errors import CheckpointError
+from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+
+__all__ = ["Shelf"]
+
+_KEY = "key"
+
+
+class Shelf:
+    """A folder of named tensors, each file whole or not there, found again by all that its content depends on.
+
+    Args:
+        folder: where they are; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Return what was put there under this key, None if nothing was or if it can't be read."""
+        path = self._path(kind, key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            if read_metadata(path).get(_KEY) == _text(key):
+                return load_state_dict(path, wrapped=False)
+        except CheckpointError:
+            pass  # it is computed anew, and written over
+        return None
+
+    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors under a key.
+
+        Raises:
+            CheckpointError, FileError: they can't be written.
+        """
+        path = self._path(kind, key)
+        if path is not None:
+            save_safetensors(tensors, path, {_KEY: _text(key)})
+
+    def _path(self, kind: str, key: Mapping[str, Any]) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder / f"{kind}-{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.safetensors"
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)

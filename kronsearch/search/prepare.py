@@ -1,0 +1,179 @@
+"""What a search measures before its first trial, each piece kept as it is made: metrics, candidates, sensitivities."""
+
+import hashlib
+import statistics
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kronsearch.models.apply import calibrate
+from kronsearch.models.checkpoint import fingerprint_weights
+from kronsearch.models.profile import LayerCost, ModelCost
+from kronsearch.models.shelf import Shelf
+from kronsearch.plan import Decomposition
+from kronsearch.search.candidates import Candidates, layer_candidates
+from kronsearch.search.space import SearchSpace
+from kronsearch.sekron.metrics import Metric, Moments
+from kronsearch.training.data import Data
+
+__all__ = ["Prepared", "measure", "tabulate"]
+
+_COLUMNS = ("sequence", "rank", "macs", "params", "error")
+_PARTS = ("inputs", "outputs", "mean")
+
+
+class Prepared:
+    """The metrics of layers, and what they were gathered from.
+
+    Args:
+        metrics: by layer; empty without data.
+        origin: what they depend on, None without data.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric], origin: Mapping[str, Any] | None) -> None:
+        self.metrics, self.origin = metrics, origin
+
+
+def measure(
+    dense: nn.Module,
+    data: Data,
+    names: list[str],
+    settings: Decomposition,
+    *,
+    shelf: Shelf,
+    device: torch.device | str,
+) -> Prepared:
+    """Gather the metrics of these layers, or take them from the shelf."""
+    origin = {
+        "weights": fingerprint_weights(dense),
+        "data": data.fingerprint,
+        "images": settings.calibration_images,
+        "seed": settings.seed,
+        "device": torch.device(device).type,
+        "versions": _versions(),
+    }
+    key = {**origin, "layers": names}
+    kept = shelf.get("moments", key)
+    metrics = None if kept is None else _metrics(kept, dense, names, device)
+    if metrics is None:
+        metrics = calibrate(dense, data, names, images=settings.calibration_images, seed=settings.seed, device=device)
+        tensors = {
+            f"{name}/{part}": tensor
+            for name, metric in metrics.items()
+            for part in _PARTS
+            if (tensor := getattr(metric.moments, part)) is not None
+        }
+        shelf.put("moments", key, tensors)
+    return Prepared(metrics, origin)
+
+
+def tabulate(
+    dense: nn.Module,
+    cost: ModelCost,
+    names: list[str],
+    space: SearchSpace,
+    prepared: Prepared,
+    *,
+    shelf: Shelf,
+    tell: Callable[[int, str], None],
+) -> tuple[list[Candidates], dict[str, float]]:
+    """Return the candidates that are of use for each layer, and its sensitivity.
+
+    The sensitivity is what a relative squared error of 1 would cost: the energy of the kernel in its metric, the median
+    of the others' where there is none, 1 where no layer has one.
+
+    Args:
+        dense: the network.
+        cost: its profile.
+        names: the replaceable layers.
+        space: the search space.
+        prepared: the metrics.
+        shelf: where tables are kept.
+        tell: is called with the number of layers done and the name of the next.
+    """
+    candidates, sensitivity = [], {}
+    for done, name in enumerate(names):
+        tell(done, name)
+        kernel, metric = dense.get_parameter(f"{name}.weight").detach(), prepared.metrics.get(name)
+        candidates.append(_candidates(kernel, cost.layer(name), space, prepared, shelf))
+        if metric is not None:
+            sensitivity[name] = max(0.0, metric.energy(kernel))  # below zero by rounding, where inputs are constant
+            metric.forget()
+    tell(len(names), "")
+    usual = statistics.median(sensitivity.values()) if sensitivity else 1.0
+    return candidates, {name: sensitivity.get(name, usual) for name in names}
+
+
+def _candidates(kernel: Tensor, cost: LayerCost, space: SearchSpace, prepared: Prepared, shelf: Shelf) -> Candidates:
+    metric = prepared.metrics.get(cost.name)
+    key = {
+        "layer": cost.name,
+        "kernel": hashlib.sha256(kernel.float().cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(kernel.shape),
+        "geometry": repr(cost.geometry),
+        "calls": [list(call) for call in cost.calls],
+        "space": space.model_dump(mode="json", exclude={"keep_dense"}),
+        "metric": None if metric is None else prepared.origin,
+        "versions": _versions(),
+    }
+    kept = shelf.get("table", key)
+    if kept is not None and (found := _from_tensors(kept, cost)) is not None:
+        return found
+    made = layer_candidates(kernel, cost, space, metric=metric).without_pointless()
+    shelf.put("table", key, _to_tensors(made))
+    return made
+
+
+def _to_tensors(candidates: Candidates) -> dict[str, Tensor]:
+    columns = {name: torch.from_numpy(np.ascontiguousarray(getattr(candidates, name))) for name in _COLUMNS}
+    flat = [n for shapes in candidates.sequences for shape in shapes for n in shape]
+    return columns | {
+        "lengths": torch.tensor([len(shapes) for shapes in candidates.sequences]),
+        "shapes": torch.tensor(flat).reshape(-1, len(candidates.kernel_shape)),
+    }
+
+
+def _from_tensors(kept: Mapping[str, Tensor], cost: LayerCost) -> Candidates | None:
+    """Undo `_to_tensors`; None where the tensors don't belong together."""
+    shape = cost.kernel_shape
+    if shape is None or set(kept) != {*_COLUMNS, "lengths", "shapes"}:
+        return None
+    columns = [kept[name].numpy() for name in _COLUMNS]
+    lengths, shapes = kept["lengths"].tolist(), [tuple(row) for row in kept["shapes"].tolist()]
+    if any(len(column) != len(columns[0]) for column in columns) or sum(lengths) != len(shapes):
+        return None
+    rows = iter(shapes)
+    sequences = tuple(tuple(next(rows) for _ in range(length)) for length in lengths)
+    whole = all(tuple(prod(part) for part in zip(*sequence, strict=True)) == shape for sequence in sequences)
+    if not whole or not ((columns[0] >= 0) & (columns[0] < len(sequences))).all():
+        return None
+    return Candidates(cost.name, shape, sequences, *columns)
+
+
+def _metrics(
+    kept: Mapping[str, Tensor], dense: nn.Module, names: list[str], device: torch.device | str
+) -> dict[str, Metric] | None:
+    """Return the metrics that tensors hold; None where they are not of these layers."""
+    metrics = {}
+    for name in names:
+        weight = dense.get_parameter(f"{name}.weight")
+        parts = {part: kept[f"{name}/{part}"].to(device) for part in _PARTS if f"{name}/{part}" in kept}
+        if not parts:
+            continue  # too wide to be calibrated
+        width, height = weight[0].numel(), len(weight)
+        wanted = {"inputs": (width, width), "outputs": (height, height)}
+        if any(tuple(parts[part].shape) != size for part, size in wanted.items() if part in parts):
+            return None
+        if "inputs" not in parts or ("mean" in parts and parts["mean"].shape[-1] != width):
+            return None
+        metrics[name] = Metric(Moments(parts["inputs"], parts.get("outputs"), parts.get("mean")))
+    return metrics
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("kronsearch", "torch")}
