@@ -1,6 +1,7 @@
 """The Optuna study: opening and resuming it, what a trial is asked for, and telling what came of it."""
 
 import hashlib
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -82,17 +83,21 @@ class Study:
     def best(self) -> FrozenTrial | None:
         """Return the winner among the complete trials, None if there are none.
 
-        Scores within one standard error of the best are alike; among those the network wins whose outputs diverge least
-        from the dense one's, which is finer: at half of ResNet-32's MACs the best scores differ by one image in 2,500.
-        Of equals it is the first.
+        Scores that differ from the best by no more than the standard error of the difference are alike; among those the
+        network wins whose outputs diverge least from the dense one's, which is finer: at half of ResNet-32's MACs the
+        best scores differ by one image in 2,500. Of equals it is the first.
         """
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = -1 if self.higher_is_better else 1
         ranked = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
         if not ranked:
             return None
-        worst = sign * (ranked[0].value or 0.0) + float(ranked[0].user_attrs.get("error") or 0.0)
-        alike = [trial for trial in ranked if sign * (trial.value or 0.0) <= worst]
+        best, error = sign * (ranked[0].value or 0.0), _error(ranked[0])
+        alike = [
+            trial
+            for trial in ranked  # both errors count: that of a score without a fault is zero
+            if sign * (trial.value or 0.0) - best <= math.hypot(error, _error(trial)) * (1 + 1e-9)
+        ]
         return min(alike, key=lambda trial: float(trial.user_attrs.get("divergence") or 0.0))
 
     def ask(self, given: Callable[[int], Mapping[str, float] | None]) -> Trial:
@@ -132,6 +137,11 @@ class Study:
             host, _, pid = str(trial.user_attrs.get(_WORKER, "")).rpartition(":")
             if not pid.isdecimal() or (host == socket.gethostname() and not _alive(int(pid))):
                 self._study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _error(trial: FrozenTrial) -> float:
+    """Return the standard error of a trial's score."""
+    return float(trial.user_attrs.get("error") or 0.0)
 
 
 def _alive(pid: int) -> bool:

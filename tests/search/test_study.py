@@ -97,6 +97,16 @@ def test_of_scores_within_the_standard_error_the_least_divergence_wins(tmp_path)
     assert study.best().number == 3
 
 
+def test_a_score_without_a_fault_is_not_beyond_doubt(tmp_path):
+    study = opened(tmp_path / "a.db")
+    for value, error, divergence in ((1.0, 0.0, 0.3), (0.9996, 0.0004, 0.2), (0.9984, 0.0007, 0.1)):
+        trial = study.ask(no_given)
+        trial.set_user_attr("divergence", divergence)
+        trial.set_user_attr("error", error)
+        study.tell(trial, value)
+    assert study.best().number == 1
+
+
 def test_another_identity_is_refused_with_what_differs(tmp_path):
     opened(tmp_path / "a.db")
     with pytest.raises(StudyError, match=r"\(budget was flops 50%, is params 20%\)") as caught:
