@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0; 2 for what a use
 interrupted; 1 for a fault of the program.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -146,10 +147,25 @@ def evaluate(
 
 def main() -> None:
     """Run the command line, the entry point of the console script `kronsearch`."""
+    _keep_stdout_for_results()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ⊗ shows a ?
     app()
+
+
+def _keep_stdout_for_results() -> None:
+    """Send to stderr what libraries in C print on the process's stdout, such as lines that HiGHS has forgotten."""
+    stdout = sys.stdout
+    try:
+        number = stdout.fileno()
+    except (AttributeError, OSError):  # closed, or not a file
+        return
+    if isinstance(stdout, TextIOWrapper) and sys.stderr is not None:
+        stdout.flush()
+        sys.stdout = os.fdopen(os.dup(number), "w", encoding=stdout.encoding, closefd=True)
+        sys.stdout.reconfigure(line_buffering=stdout.line_buffering)
+        os.dup2(2, number)
 
 
 def _execute(command: Callable[[Settings], None], **given: object) -> None:

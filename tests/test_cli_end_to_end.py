@@ -255,3 +255,15 @@ def test_a_plan_for_another_network_is_refused(finished, tmp_path):
     line = refused("apply", plan, "--model", "zoo:cifar_resnet20", "--out", "small.safetensors", cwd=tmp_path)
     assert "zoo:digits" in line
     assert names_in(tmp_path) == set()
+
+
+def test_what_libraries_print_does_not_mix_with_results(tmp_path):
+    (tmp_path / "noisy.py").write_text(
+        "import os\nimport torch\n"
+        "def make():\n    os.write(1, b'from a library\\n')\n    print('from Python')\n"
+        "    return torch.nn.Linear(4, 2)\n"
+    )
+    out, err = finish(start("profile", "--model", "noisy:make", "--input-shape", "4", cwd=tmp_path))
+    assert "from a library" not in out
+    assert "from a library" in err
+    assert "from Python" in out
