@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kronsearch.errors import FileError
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["make_folder", "replacing", "write_text"]
 
 
 @contextmanager
@@ -32,6 +32,18 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there: what can't be written later is known before.
+
+    Raises:
+        FileError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"can't make the folder {folder} ({error.strerror}): pass another --out") from error
 
 
 def write_text(path: Path, text: str) -> None:

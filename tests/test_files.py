@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from kronsearch.files import replacing, write_text
+from kronsearch.errors import FileError
+from kronsearch.files import make_folder, replacing, write_text
 
 
 def test_a_text_is_written_and_replaced(tmp_path):
@@ -61,3 +62,12 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, umask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_folder_is_made_or_it_is_told_why_not(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"can't make the folder .*b \(Not a directory\): pass another"):
+        make_folder(tmp_path / "file" / "b")

@@ -1,6 +1,5 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
-import copy
 import hashlib
 import math
 import time
@@ -14,31 +13,27 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
-from kronsearch.budget import Budget
-from kronsearch.errors import ModelError, StudyError
-from kronsearch.files import replacing
+from kronsearch.budget import Budget, Limits
+from kronsearch.errors import StudyError
+from kronsearch.files import make_folder, replacing
 from kronsearch.models.apply import apply_plan, load_compressed
 from kronsearch.models.checkpoint import fingerprint_weights
-from kronsearch.models.profile import profile_model
-from kronsearch.models.shelf import Shelf
-from kronsearch.plan import Decomposition, Plan, save_plan
+from kronsearch.plan import Plan, save_plan
 from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
 from kronsearch.search.finish import final_plan, finish, is_done
-from kronsearch.search.prepare import Prepared, measure, tabulate
-from kronsearch.search.progress import Phase, Progress, Watcher, ignore
-from kronsearch.search.reach import check_reachable, replaceable
+from kronsearch.search.prepare import Prepared
+from kronsearch.search.progress import Watcher, ignore
+from kronsearch.search.reach import check_reachable
 from kronsearch.search.score import Scorer
-from kronsearch.search.space import SearchSpace, load_space
+from kronsearch.search.space import SearchSpace
 from kronsearch.search.study import PLAN, Study, given_trials, suggest
+from kronsearch.search.subject import Subject
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
 
 __all__ = ["SearchResult", "search"]
-
-_CALIBRATION_IMAGES = 512
-_BATCHNORM_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -121,16 +116,27 @@ def search(
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     started = time.monotonic()
     folder = None if out is None else Path(out)
-    if cache is None and folder is not None:
-        cache = folder / "cache"
-    shelf = Shelf(None if cache is None else Path(cache))
-    run = _Run(model, data, budget, space, input_shape, device, seed, model_spec, dict(model_args or {}), shelf, watch)
+    subject = Subject(
+        model,
+        data,
+        space=space,
+        input_shape=input_shape,
+        device=device,
+        seed=seed,
+        out=folder,
+        cache=cache,
+        watch=watch,
+    )
+    limits = budget.limits(dense_macs=subject.cost.macs, dense_params=subject.cost.params)
+    check_reachable(subject.cost, subject.space, limits)
+    draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
+    run = _Run(subject, limits, draft)
     if storage is None and folder is not None:
-        _make_folder(folder)
+        make_folder(folder)
         storage = f"sqlite:///{folder / 'study.db'}"
     ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     if folder is not None:
-        _make_folder(folder)
+        make_folder(folder)
     if len(ledger.finished()) < run.wanted(trials):
         run.set_problem()
     run.begin(ledger, trials)
@@ -155,49 +161,10 @@ def search(
 class _Run:
     """The state of one search."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data | None,
-        budget: Budget,
-        space: SearchSpace | str | Path,
-        input_shape: tuple[int, ...] | None,
-        device: torch.device | str,
-        seed: int,
-        model_spec: str | None,
-        model_args: dict[str, Any],
-        shelf: Shelf,
-        watch: Watcher,
-    ) -> None:
-        self.data, self.budget, self.device, self.seed, self.watch = data, budget, device, seed, watch
-        self.model_spec, self.shelf = model_spec, shelf
+    def __init__(self, subject: Subject, limits: Limits, draft: Draft) -> None:
+        self.subject, self.limits, self.draft = subject, limits, draft
+        self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
-        self.space = space if isinstance(space, SearchSpace) else load_space(space)
-        shape = input_shape or (data.input_shape if data is not None else None)
-        if shape is None:
-            raise ModelError("without data the input shape is not known: pass --input-shape, such as 3,224,224")
-        if data is not None and tuple(shape) != tuple(data.input_shape):
-            raise ModelError(
-                f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
-            )
-        self.dense = copy.deepcopy(model).to(device).eval()
-        self._tell("profile", 0, 1)
-        self.cost = profile_model(self.dense, input_shape=tuple(shape))
-        self.limits = budget.limits(dense_macs=self.cost.macs, dense_params=self.cost.params)
-        self.names = replaceable(self.cost, self.space)
-        for name in self.names:
-            if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):
-                raise ModelError(f"the weight of {name} has entries that are not finite: pass a trained checkpoint")
-        check_reachable(self.cost, self.space, self.limits)
-        self.settings = Decomposition(
-            calibration_images=_CALIBRATION_IMAGES if data is not None else 0,
-            batchnorm_images=_BATCHNORM_IMAGES if data is not None else 0,
-            seed=seed,
-        )
-        self.draft = Draft(self.space, budget, self.settings, seed, model_spec, model_args)
-        if data is not None:  # what the data and the network can't do together is known before there is a study
-            evaluate(self.dense, data, "val", limit=16, device=device)
-        self._tell("profile", 1, 1, macs=self.cost.macs, params=self.cost.params)
 
     @property
     def higher_is_better(self) -> bool:
@@ -207,57 +174,41 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same when a study is resumed."""
         return {
-            "model": self.model_spec or type(self.dense).__name__,
+            "model": self.draft.model_spec or type(self.dense).__name__,
             "weights": fingerprint_weights(self.dense)[:16],
             "data": None if self.data is None else self.data.fingerprint[:16],
-            "input shape": list(self.cost.input_shape),
-            "budget": str(self.budget),
-            "space": self.space.model_dump_json(),
-            "seed": self.seed,
+            "input shape": list(self.subject.cost.input_shape),
+            "budget": str(self.draft.budget),
+            "space": self.draft.space.model_dump_json(),
+            "seed": self.draft.seed,
         }
 
     def wanted(self, trials: int) -> int:
         return trials if self.data is not None else 1
 
-    def prepared(self) -> Prepared:
-        """Return the metrics of the replaceable layers."""
-        if self.data is None:
-            return Prepared({}, None)
-        self._tell("calibrate", 0, 1)
-        found = measure(self.dense, self.data, self.names, self.settings, shelf=self.shelf, device=self.device)
-        self._tell("calibrate", 1, 1)
-        return found
-
     def set_problem(self) -> None:
         """Measure, decompose, and set what the trials are about."""
-        prepared, total = self.prepared(), len(self.names)
-        candidates, sensitivity = tabulate(
-            self.dense,
-            self.cost,
-            self.names,
-            self.space,
-            prepared,
-            shelf=self.shelf,
-            tell=lambda done, name: self._tell("tables", done, total, name),
-        )
-        self.problem = Problem(self.cost, self.limits, candidates, sensitivity)
+        prepared = self.subject.prepared()
+        candidates, sensitivity = self.subject.tables(prepared)
+        self.problem = Problem(self.subject.cost, self.limits, candidates, sensitivity)
         self._scorer = self._scorer_with(prepared)
 
     def scorer(self) -> Scorer | None:
         """Return the one scorer, None without data."""
         if self._scorer is None and self.data is not None:
-            self._scorer = self._scorer_with(self.prepared())
+            self._scorer = self._scorer_with(self.subject.prepared())
         return self._scorer
 
     def _scorer_with(self, prepared: Prepared) -> Scorer | None:
         if self.data is None:
             return None
-        return Scorer(self.dense, self.data, prepared.metrics, self.settings, self.device)
+        return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
 
     def begin(self, ledger: Study, trials: int) -> None:
         """Tell that trials are next."""
         best = ledger.best()
-        self._tell("trials", len(ledger.finished()), self.wanted(trials), best=None if best is None else best.value)
+        value = None if best is None else best.value
+        self.subject.tell("trials", len(ledger.finished()), self.wanted(trials), best=value)
 
     def trial(self, ledger: Study, done: int, wanted: int) -> None:
         """Run one trial to its end."""
@@ -278,7 +229,7 @@ class _Run:
         value = self._score(trial, plan, twin)
         ledger.tell(trial, value)
         best = ledger.best()
-        self._tell(
+        self.subject.tell(
             "trials",
             done + 1,
             wanted,
@@ -302,7 +253,7 @@ class _Run:
         small = scorer.build(plan.replaced)
         trial.set_user_attr("settled", scorer.validate(small).metric)
         last: Evaluation | None = None
-        for step, evaluation in enumerate(scorer.proxy(small, self.seed)):
+        for step, evaluation in enumerate(scorer.proxy(small, self.draft.seed)):
             if not math.isfinite(evaluation.metric):
                 return None
             last = evaluation
@@ -324,7 +275,7 @@ class _Run:
             return load_compressed(self.dense, path, plan).to(self.device)
         scorer = self.scorer()
         small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
-        finish(small, plan, scorer, epochs=epochs, seed=self.seed, path=path, tell=self._tell_final)
+        finish(small, plan, scorer, epochs=epochs, seed=self.draft.seed, path=path, tell=self._tell_final)
         return small
 
     def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
@@ -333,33 +284,13 @@ class _Run:
             return None, None
         found = []
         for done, network in enumerate((self.dense, small)):
-            self._tell("test", done, 2)
+            self.subject.tell("test", done, 2)
             found.append(evaluate(network, self.data, "test", device=self.device))
-        self._tell("test", 2, 2)
+        self.subject.tell("test", 2, 2)
         return found[0], found[1]
 
     def _tell_final(self, report: StepReport) -> None:
-        self._tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")
-
-    def _tell(
-        self,
-        phase: Phase,
-        done: int,
-        total: int,
-        message: str = "",
-        *,
-        best: float | None = None,
-        macs: int | None = None,
-        params: int | None = None,
-    ) -> None:
-        self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best, macs=macs, params=params))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StudyError(f"can't make the folder {folder} ({error.strerror}): pass another --out") from error
+        self.subject.tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")
 
 
 def _save_table(table: pd.DataFrame, folder: Path) -> None:

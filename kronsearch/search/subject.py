@@ -1,0 +1,122 @@
+"""What a search is about before there is a budget: the network, measured and checked, its data, its error tables."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kronsearch.errors import ModelError
+from kronsearch.models.profile import profile_model
+from kronsearch.models.shelf import Shelf
+from kronsearch.plan import Decomposition
+from kronsearch.search.candidates import Candidates
+from kronsearch.search.prepare import Prepared, measure, tabulate
+from kronsearch.search.progress import Phase, Progress, Watcher
+from kronsearch.search.reach import replaceable
+from kronsearch.search.space import SearchSpace, load_space
+from kronsearch.training.data import Data
+from kronsearch.training.evaluate import evaluate
+
+__all__ = ["Subject"]
+
+_CALIBRATION_IMAGES = 512
+_BATCHNORM_IMAGES = 2048
+
+
+class Subject:
+    """A network, its data and a search space, and what is computed of them once for all budgets.
+
+    `dense` is a copy of the network in eval mode, `cost` its profile, `names` are its replaceable layers, and
+    `settings` say how kernels become factors.
+
+    Args:
+        model: the trained network; left untouched.
+        data: what it was trained on, or None.
+        space: a search space, its name, or a YAML file.
+        input_shape: of one example; by default the data's.
+        device: to run on.
+        seed: of everything random.
+        out: folder of the results; statistics and tables are kept in `cache` there, where no `cache` is given.
+        cache: folder for those.
+        watch: is told of every step.
+
+    Raises:
+        KronsearchError: the space can't be read, or the network, the data and the shape don't go together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        *,
+        space: SearchSpace | str | Path,
+        input_shape: tuple[int, ...] | None,
+        device: torch.device | str,
+        seed: int,
+        out: Path | None,
+        cache: str | Path | None,
+        watch: Watcher,
+    ) -> None:
+        self.data, self.device, self.watch = data, device, watch
+        self.space = space if isinstance(space, SearchSpace) else load_space(space)
+        if cache is None and out is not None:
+            cache = out / "cache"
+        self._shelf = Shelf(None if cache is None else Path(cache))
+        shape = input_shape or (data.input_shape if data is not None else None)
+        if shape is None:
+            raise ModelError("without data the input shape is not known: pass --input-shape, such as 3,224,224")
+        if data is not None and tuple(shape) != tuple(data.input_shape):
+            raise ModelError(
+                f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
+            )
+        self.dense = copy.deepcopy(model).to(device).eval()
+        self.tell("profile", 0, 1)
+        self.cost = profile_model(self.dense, input_shape=tuple(shape))
+        self.names = replaceable(self.cost, self.space)
+        for name in self.names:
+            if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):
+                raise ModelError(f"the weight of {name} has entries that are not finite: pass a trained checkpoint")
+        self.settings = Decomposition(
+            calibration_images=_CALIBRATION_IMAGES if data is not None else 0,
+            batchnorm_images=_BATCHNORM_IMAGES if data is not None else 0,
+            seed=seed,
+        )
+        if data is not None:  # what the data and the network can't do together is known before anything is written
+            evaluate(self.dense, data, "val", limit=16, device=device)
+        self.tell("profile", 1, 1, macs=self.cost.macs, params=self.cost.params)
+
+    def prepared(self) -> Prepared:
+        """Return the metrics of the replaceable layers."""
+        if self.data is None:
+            return Prepared({}, None)
+        self.tell("calibrate", 0, 1)
+        found = measure(self.dense, self.data, self.names, self.settings, shelf=self._shelf, device=self.device)
+        self.tell("calibrate", 1, 1)
+        return found
+
+    def tables(self, prepared: Prepared) -> tuple[list[Candidates], dict[str, float]]:
+        """Return the candidates that are of use for each layer, and its sensitivity."""
+        return tabulate(
+            self.dense,
+            self.cost,
+            self.names,
+            self.space,
+            prepared,
+            shelf=self._shelf,
+            tell=lambda done, name: self.tell("tables", done, len(self.names), name),
+        )
+
+    def tell(
+        self,
+        phase: Phase,
+        done: int,
+        total: int,
+        message: str = "",
+        *,
+        best: float | None = None,
+        macs: int | None = None,
+        params: int | None = None,
+    ) -> None:
+        """Tell whoever watches of a step."""
+        self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best, macs=macs, params=params))
