@@ -20,6 +20,10 @@ class Limits:
     params: int | None
 
 
+    def hold(self, *, macs: int, params: int) -> bool:
+        """Tell whether a network of these costs is inside of the bounds."""
+        return (self.macs is None or macs <= self.macs) and (self.params is None or params <= self.params)
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Upper bounds as a user writes them, such as `1G`, `90k`, `50%`, or an int.

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
 from kronsearch.budget import Limits, format_count
 from kronsearch.errors import BudgetError
@@ -25,6 +25,7 @@ _GAP = 1e-4
 _SECONDS = 20.0
 _INFEASIBLE = 2  # SciPy's status
 _FIRST = 8  # candidates for each layer, on average, that are tried first
+_HIGHEST = 1e6  # price of a budget: the largest predicted error for a millionth of it
 _SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budgets are kept to the last MAC
 
 
@@ -62,7 +63,7 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
     A multiple-choice knapsack, solved by HiGHS to a proven gap of 1e-4 (or what 20 seconds give).
 
     Args:
-        layers: the candidates; those that others make pointless are left out here.
+        layers: the candidates.
         limits: bounds on the whole network.
         fixed_macs: of all that is not chosen here.
         fixed_params: likewise.
@@ -75,17 +76,12 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
         for limit, fixed, name in ((limits.macs, fixed_macs, "macs"), (limits.params, fixed_params, "params"))
         if limit is not None
     ]
-    kept = [pareto([getattr(layer, name) for _, name in bounds], layer.error) for layer in layers]
-    counts = [len(indices) for indices in kept]
+    counts = [len(layer.error) for layer in layers]
     owner = np.repeat(np.arange(len(layers)), counts)
-    errors = np.concatenate([layer.error[indices] for layer, indices in zip(layers, kept, strict=True)])
+    errors = np.concatenate([layer.error for layer in layers])
     scale = float(errors.max()) or 1.0
-    costs = np.array(
-        [
-            np.concatenate([getattr(layer, name)[indices] for layer, indices in zip(layers, kept, strict=True)])
-            for _, name in bounds
-        ]
-    ).reshape(len(bounds), len(errors))
+    costs = np.array([np.concatenate([getattr(layer, name) for layer in layers]) for _, name in bounds])
+    costs = costs.reshape(len(bounds), len(errors))
     if any(limit < sum(int(getattr(layer, name).min()) for layer in layers) for limit, name in bounds):
         raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
     problem = _Program(errors / scale, owner, costs, np.array([limit for limit, _ in bounds]))
@@ -94,14 +90,11 @@ def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, 
         raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
     taken, bound = found
     starts = np.cumsum([0, *counts[:-1]])
-    chosen = tuple(
-        int(indices[np.argmax(taken[start : start + count])])
-        for indices, start, count in zip(kept, starts, counts, strict=True)
-    )
+    chosen = tuple(int(np.argmax(taken[start : start + count])) for start, count in zip(starts, counts, strict=True))
     picked = list(zip(layers, chosen, strict=True))
     macs = fixed_macs + sum(int(layer.macs[index]) for layer, index in picked)
     params = fixed_params + sum(int(layer.params[index]) for layer, index in picked)
-    if (limits.macs is not None and macs > limits.macs) or (limits.params is not None and params > limits.params):
+    if not limits.hold(macs=macs, params=params):
         raise AssertionError(f"the solver overstepped a budget: {macs} MACs, {params} params, {limits}")
     error = sum(float(layer.error[index]) for layer, index in picked)
     gap = max(0.0, (error - max(0.0, bound) * scale) / error) if error > 0 else 0.0
@@ -124,13 +117,12 @@ class _Program:
             BudgetError: no choice was found in time, though there may be one.
         """
         excess, floor = self._excesses()
-        if excess is None:
-            return None
         first = min(len(excess), _FIRST * (int(self.owner[-1]) + 1)) - 1
         reach = float(np.partition(excess, first)[first])
         while True:
             inside = np.flatnonzero(excess <= reach)
             everything = len(inside) == len(excess)
+            inside = self._unbeaten(inside)
             result = self._choose(inside)
             if result.x is None:
                 if everything and result.status == _INFEASIBLE:
@@ -149,22 +141,38 @@ class _Program:
                 return taken, min(bound, floor + reach)
             reach = error - floor  # what lies beyond can't be part of a better choice
 
-    def _excesses(self) -> tuple[NDArray[np.float64] | None, float]:
-        """Return every candidate's excess and the error of the relaxation; no excesses if that has no solution."""
-        relaxed = linprog(
-            self.errors,
-            A_ub=self._rows,
-            b_ub=np.ones(len(self.limits)),
-            A_eq=self._one_each(self.owner),
-            b_eq=np.ones(int(self.owner[-1]) + 1),
-        )
-        if relaxed.x is None:
-            return None, 0.0
-        prices = np.maximum(0.0, -relaxed.ineqlin.marginals)
-        priced = self.errors + prices @ self._rows
-        starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
-        least = np.minimum.reduceat(priced, starts)
-        return priced - least[self.owner], float(least.sum() - prices.sum())
+    def _excesses(self) -> tuple[NDArray[np.float64], float]:
+        """Return every candidate's excess and the error of the relaxation.
+
+        The relaxation is solved by column generation: on few candidates, to which those are added that its prices make
+        the best of their layer, until they are in it already. Any prices give excesses and a floor that hold, so
+        nothing hangs on how far it gets, or on overstepping a budget for a high price.
+        """
+        layers, budgets = int(self.owner[-1]) + 1, len(self.limits)
+        inside = np.unique([self._least(values) for values in (self.errors, *self._rows)])
+        while True:
+            relaxed = linprog(
+                np.concatenate([self.errors[inside], np.full(budgets, _HIGHEST)]),
+                A_ub=np.hstack([self._rows[:, inside], -np.eye(budgets)]),
+                b_ub=np.ones(budgets),
+                A_eq=hstack([self._one_each(self.owner[inside]), csr_array((layers, budgets))]),
+                b_eq=np.ones(layers),
+            )
+            prices = np.maximum(0.0, -relaxed.ineqlin.marginals)
+            priced = self.errors + prices @ self._rows
+            best = self._least(priced)
+            if np.isin(best, inside).all():
+                return priced - priced[best][self.owner], float(priced[best].sum() - prices.sum())
+            inside = np.union1d(inside, best)
+
+    def _least(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the index of each layer's candidate of the least value."""
+        return np.lexsort((values, self.owner))[np.flatnonzero(np.diff(self.owner, prepend=-1))]
+
+    def _unbeaten(self, inside: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leave out what another candidate of the layer beats; that has less excess, so it is among them."""
+        of_layers = np.split(inside, np.flatnonzero(np.diff(self.owner[inside])) + 1)
+        return np.concatenate([part[pareto([*self.costs[:, part]], self.errors[part])] for part in of_layers])
 
     def _choose(self, inside: NDArray[np.int64]) -> OptimizeResult:
         """Solve the integer program on some candidates."""

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from kronsearch.budget import Limits
 from kronsearch.errors import BudgetError
-from kronsearch.search.allocate import Choices, allocate
+from kronsearch.search.allocate import Choices, _Program, allocate
 
 
 def choices(rows):
@@ -79,3 +80,21 @@ def test_many_layers_with_many_candidates_are_solved_to_the_gap():
         assert found.macs <= limits.macs
         assert limits.params is None or found.params <= limits.params
         assert found.gap <= 1e-3
+
+
+@pytest.mark.parametrize("tightness", [0.02, 0.2, 0.6])
+def test_the_floor_is_the_error_of_the_whole_relaxation(tightness):
+    generator = np.random.default_rng(1)
+    count, layers = 400, 10
+    owner = np.repeat(np.arange(layers), count // layers)
+    costs, errors = generator.integers(1, 10**6, (2, count)), generator.uniform(0, 1, count)
+    limits = (costs.reshape(2, layers, -1).max(2).sum(1) * tightness).astype(int)
+    one_each = (owner == np.arange(layers)[:, None]).astype(float)
+    oracle = linprog(errors, A_ub=costs / limits[:, None], b_ub=[1, 1], A_eq=one_each, b_eq=np.ones(layers))
+    excess, floor = _Program(errors, owner, costs, limits)._excesses()
+    assert (excess >= 0).all()
+    assert (excess.reshape(layers, -1).min(1) == 0).all()
+    if oracle.success:
+        assert floor == pytest.approx(oracle.fun, rel=1e-9)
+    else:
+        assert floor > layers  # above any error there is
