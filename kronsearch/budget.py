@@ -6,9 +6,10 @@ from fractions import Fraction
 
 from kronsearch.errors import BudgetError
 
-__all__ = ["Amount", "Budget", "Limits", "format_count", "parse_amount"]
+__all__ = ["Amount", "Budget", "Limits", "budgets", "format_count", "parse_amount"]
 
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MOST = 1000  # budgets of a sweep
 _AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kKMGT%]?)", re.ASCII)
 
 
@@ -19,10 +20,10 @@ class Limits:
     macs: int | None
     params: int | None
 
-
     def hold(self, *, macs: int, params: int) -> bool:
         """Tell whether a network of these costs is inside of the bounds."""
         return (self.macs is None or macs <= self.macs) and (self.params is None or params <= self.params)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -93,6 +94,60 @@ def parse_amount(amount: str | int, *, name: str) -> Amount:
     if read.value == 0 or (not relative and read.value < 1):
         raise BudgetError(f"a budget of {name} {amount} leaves nothing: write a number above zero, such as 1G or 50%")
     return read
+
+
+def budgets(*, flops: str | int | None = None, params: str | int | None = None) -> list[Budget]:
+    """Return the budgets of a sweep: exactly one of the two costs has several amounts.
+
+    Args:
+        flops: `25%:90%:20` (from, to, how many, evenly spaced), `30%,50%` or `1G,2G,3G`; or one amount, kept fixed.
+        params: likewise.
+
+    Raises:
+        BudgetError: neither or both have several amounts, or one can't be read.
+    """
+    of_flops = [None] if flops is None else _amounts(flops, name="flops")
+    of_params = [None] if params is None else _amounts(params, name="params")
+    if len(of_flops) > 1 and len(of_params) > 1:
+        raise BudgetError("both budgets have several values: a sweep goes over one of them, so fix the other")
+    if len(of_flops) == len(of_params) == 1:
+        given = "one budget" if (flops, params) != (None, None) else "no budgets"
+        raise BudgetError(
+            f"{given} given: pass several with --budget-flops or --budget-params, such as 25%:90%:20 (from, to, how "
+            "many) or 30%,50%,70%"
+        )
+    return [Budget(flops=most_macs, params=most_params) for most_macs in of_flops for most_params in of_params]
+
+
+def _amounts(written: str | int, *, name: str) -> list[str]:
+    """Read one amount, several with commas between, or `FROM:TO:HOW MANY`."""
+    text = str(written)
+    amounts = _spaced(text, name) if ":" in text else [part.strip() for part in text.split(",")]
+    values = [parse_amount(amount, name=name) for amount in amounts]
+    if len(set(values)) < len(values):
+        raise BudgetError(f"budgets of {name} {text} are not all different: ask for fewer, or for a wider range")
+    return amounts
+
+
+def _spaced(text: str, name: str) -> list[str]:
+    first, last, count, *more = [part.strip() for part in (*text.split(":"), "", "")]
+    if any(more) or re.fullmatch(r"[1-9]\d{0,8}", count, re.ASCII) is None or not 2 <= int(count) <= _MOST:
+        raise BudgetError(
+            f"budgets of {name} {text} can't be read: write FROM:TO:HOW MANY, such as 25%:90%:20, with 2 to {_MOST}"
+        )
+    low, high = parse_amount(first, name=name), parse_amount(last, name=name)
+    if low.relative != high.relative or low.value >= high.value:
+        raise BudgetError(
+            f"budgets of {name} {text} go nowhere: both ends are counts, or both parts of the dense model's, and the "
+            "first is the smaller one"
+        )
+    step = (high.value - low.value) / (int(count) - 1)
+    between = [low.value + step * place for place in range(1, int(count) - 1)]
+    return [
+        first,
+        *(f"{round(float(100 * value), 2):g}%" if low.relative else str(int(value)) for value in between),
+        last,
+    ]
 
 
 def format_count(count: int) -> str:

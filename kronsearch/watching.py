@@ -1,4 +1,4 @@
-"""The progress of a search on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""The progress of a search or a sweep on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ _PHASES: "dict[Phase, str]" = {
     "profile": "measuring the model",
     "calibrate": "gathering statistics of activations",
     "tables": "error tables of layers",
+    "budgets": "budgets",
     "trials": "trials",
     "final": "fine-tuning the best",
     "test": "reading the test split",
@@ -28,13 +29,13 @@ _PHASES: "dict[Phase, str]" = {
 
 
 class SearchView:
-    """Shows each step of a search: phase, how much is done, best score so far, budget used, time left.
+    """Shows each step of a search or a sweep: phase, how much is done, best score so far, budget used, time left.
 
     Call it with each `Progress`; as a context manager it opens and closes the live bar.
 
     Args:
         console: where to show it; a live bar if that is a terminal, else a line for each phase and each trial.
-        budget: what the costs of the plan in hand are held against.
+        budget: what the costs of the plan in hand are held against; None if there are many.
         timeout: seconds after which the trials end.
         clock: seconds of a clock that only goes forward.
     """
@@ -42,13 +43,13 @@ class SearchView:
     def __init__(
         self,
         console: Console,
-        budget: Budget,
+        budget: Budget | None,
         *,
         timeout: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
-        self._budget = budget
+        self._limits = (None, None) if budget is None else (budget.flops, budget.params)
         self._timeout = timeout
         self._clock = clock
         self._phase: Phase | None = None
@@ -102,8 +103,8 @@ class SearchView:
         if progress.best is not None:
             told.append(f"best {progress.best:.4f}")
         for name, cost, written, dense in (
-            ("MACs", progress.macs, self._budget.flops, self._dense[0]),
-            ("params", progress.params, self._budget.params, self._dense[1]),
+            ("MACs", progress.macs, self._limits[0], self._dense[0]),
+            ("params", progress.params, self._limits[1], self._dense[1]),
         ):
             if cost is not None:
                 told.append(f"{name} {format_count(cost)}{_of_limit(cost, written, dense)}")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronsearch.budget import Amount, Budget, Limits, format_count, parse_amount
+from kronsearch.budget import Amount, Budget, Limits, budgets, format_count, parse_amount
 from kronsearch.errors import BudgetError
 
 UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -150,3 +150,61 @@ def test_written_counts_are_near_and_can_be_read_again(count):
     if count >= 1:
         assert abs(parse_amount(text, name="flops").value - count) <= Fraction(count, 1000)
     assert "e" not in text
+
+
+@pytest.mark.parametrize(
+    ("written", "amounts"),
+    [
+        ("25%:100%:4", ["25%", "50%", "75%", "100%"]),
+        ("25%:90%:3", ["25%", "57.5%", "90%"]),
+        ("10%:20%:4", ["10%", "13.33%", "16.67%", "20%"]),
+        ("1G:2G:3", ["1G", str(15 * 10**8), "2G"]),
+        (" 1 k : 2k : 2", ["1 k", "2k"]),
+        ("30%, 50%,1G", ["30%", "50%", "1G"]),
+    ],
+)
+def test_the_budgets_of_a_sweep(written, amounts):
+    assert budgets(flops=written) == [Budget(flops=amount) for amount in amounts]
+    assert budgets(params=written, flops="40%") == [Budget(flops="40%", params=amount) for amount in amounts]
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9), st.integers(2, 1000))
+def test_evenly_spaced_counts(low, width, count):
+    if width < count:
+        return
+    amounts = [int(str(budget.params)) for budget in budgets(params=f"{low}:{low + width}:{count}")]
+    assert amounts == [low + width * place // (count - 1) for place in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("flops", "params", "message"),
+    [
+        (None, None, "no budgets given: pass several"),
+        ("50%", None, "one budget given: pass several"),
+        ("50%", "1M", "one budget given: pass several"),
+        ("30%,50%", "1k:2k:3", "both budgets have several values"),
+        ("30%,,50%", None, "a budget of flops '' can't be read"),
+        ("30%,lots", None, "a budget of flops 'lots' can't be read"),
+        ("30%,30.0%", None, "not all different"),
+        ("1:3:5", None, "not all different"),
+        ("30%:50%", None, "write FROM:TO:HOW MANY"),
+        ("30%:50%:1", None, "write FROM:TO:HOW MANY"),
+        ("30%:50%:1001", None, "with 2 to 1000"),
+        ("30%:50%:x", None, "write FROM:TO:HOW MANY"),
+        ("30%:50%:3:4", None, "write FROM:TO:HOW MANY"),
+        ("30%:1G:3", None, "go nowhere"),
+        ("50%:30%:3", None, "go nowhere"),
+        ("30%:30%:3", None, "go nowhere"),
+        (None, "a:b:3", "a budget of params 'a' can't be read"),
+    ],
+)
+def test_budgets_that_make_no_sweep(flops, params, message):
+    with pytest.raises(BudgetError, match=message) as caught:
+        budgets(flops=flops, params=params)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_hold_what_is_inside():
+    assert Limits(10, None).hold(macs=10, params=10**9)
+    assert not Limits(10, None).hold(macs=11, params=0)
+    assert not Limits(None, 5).hold(macs=0, params=6)

@@ -103,3 +103,12 @@ def test_a_terminal_gets_a_bar_that_goes_away(stream, clock):
     assert "trials" in text
     assert "best 0.5000, [bold]" in text
     assert text.endswith("\x1b[2K")  # the line is erased at the end
+
+
+def test_many_budgets_are_counted_and_costs_held_against_none(stream, clock):
+    with SearchView(console_for(stream), None, clock=clock) as watch:
+        watch(Progress(phase="profile", done=1, total=1, macs=1000, params=100))
+        watch(Progress(phase="budgets", done=0, total=3))
+        watch(Progress(phase="budgets", done=1, total=3, macs=40))
+        watch(Progress(phase="trials", done=1, total=3, macs=40))
+    assert stream.getvalue() == "budgets 0/3\ntrials 1/3: MACs 40\n"

@@ -68,19 +68,23 @@ class Problem:
         present = {kind for layer in self.candidates for kind in layer.structures()} - {Structure.DENSE}
         return [kind for kind in Structure if kind in present]
 
+    @property
+    def bounds(self) -> Limits:
+        """What the allocation keeps: the budgets, and the dense network's cost where there is none."""
+        return Limits(  # a network that is smaller in one cost is not to grow in the other
+            self.cost.macs if self.limits.macs is None else self.limits.macs,
+            self.cost.params if self.limits.params is None else self.limits.params,
+        )
+
     def allocate(self, weighing: Weighing) -> Allocation:
-        """Return the allocation of least weighed error; where there is no budget, the dense network's cost is one.
+        """Return the allocation of least weighed error inside of the bounds.
 
         Raises:
             BudgetError: the budget can't be reached.
         """
-        limits = Limits(  # a network that is smaller in one cost is not to grow in the other
-            self.cost.macs if self.limits.macs is None else self.limits.macs,
-            self.cost.params if self.limits.params is None else self.limits.params,
-        )
         return allocate(
             [self._choices(layer, weighing) for layer in self.candidates],
-            limits,
+            self.bounds,
             fixed_macs=self.cost.macs - sum(int(layer.macs[0]) for layer in self.candidates),
             fixed_params=self.cost.params - sum(int(layer.params[0]) for layer in self.candidates),
         )

@@ -6,12 +6,12 @@ from typing import Literal
 
 __all__ = ["Phase", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "trials", "final", "test"]
+Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A step of a search.
+    """A step of a search or a sweep.
 
     Args:
         phase: what is being done.

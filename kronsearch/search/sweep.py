@@ -1,0 +1,175 @@
+"""The front: what the plain allocation gives for many budgets, from one set of error tables and no evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from kronsearch.budget import Budget, budgets
+from kronsearch.files import make_folder, replacing
+from kronsearch.plan import Plan, save_plan
+from kronsearch.search.allocate import Allocation
+from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.draft import Draft
+from kronsearch.search.progress import Watcher, ignore
+from kronsearch.search.reach import check_reachable
+from kronsearch.search.space import SearchSpace
+from kronsearch.search.subject import Subject
+from kronsearch.training.data import Data
+
+__all__ = ["Front", "Point", "sweep"]
+
+_PLANS = "plans"
+_PLAIN = Weighing()
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one budget gives.
+
+    Args:
+        plan: the plan; its provenance holds the proven gap.
+        weighed_error: the mean of the layers' squared errors as the allocation weighs them: what it made smallest.
+        name: of the plan's file, below the folder of the results.
+    """
+
+    plan: Plan
+    weighed_error: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Front:
+    """The points of a sweep in ascending order of their budgets, and the folder of their files, if one was asked for.
+
+    A point never has a larger weighed error than one of a smaller budget.
+    """
+
+    points: tuple[Point, ...]
+    out: Path | None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each point, as in `front.csv`."""
+        rows = [
+            {
+                "budget_flops": point.plan.budget.flops,
+                "budget_params": point.plan.budget.params,
+                "max_macs": point.plan.budget.max_macs,
+                "max_params": point.plan.budget.max_params,
+                "macs": point.plan.compressed.macs,
+                "params": point.plan.compressed.params,
+                "predicted_error": point.plan.predicted_error,
+                "weighed_error": point.weighed_error,
+                "gap": point.plan.provenance.gap,
+                "plan": point.name,
+            }
+            for point in self.points
+        ]
+        return pd.DataFrame(rows)
+
+
+def sweep(
+    model: nn.Module,
+    data: Data | None = None,
+    *,
+    flops: str | int | None = None,
+    params: str | int | None = None,
+    space: SearchSpace | str | Path = "default",
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    model_spec: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    watch: Watcher = ignore,
+) -> Front:
+    """Return the plan of the plain allocation, which is trial 0 of a search, for each of many budgets.
+
+    It measures and decomposes what a search does, once, and takes it from the same cache. Nothing is fine-tuned or
+    scored.
+
+    Args:
+        model: the trained network; left untouched.
+        data: what it was trained on; without, the errors are of the weights alone.
+        flops: bounds on the MACs of one example, such as `25%:90%:20` (from, to, how many) or `1G,2G`; or one bound, if
+            `params` has several.
+        params: bounds on the number of parameters, likewise.
+        space: a search space, its name, or a YAML file.
+        out: folder for `front.csv` and `plans/`.
+        cache: as that of a search.
+        input_shape: of one example; by default the data's.
+        device: to run on.
+        seed: of the images that statistics are gathered on.
+        model_spec: how the model is called in the plans.
+        model_args: what it was constructed with, for the plans.
+        watch: is told of every step.
+
+    Raises:
+        KronsearchError: of a kind that says what can't be done and what is possible instead.
+    """
+    asked = budgets(flops=flops, params=params)
+    folder = None if out is None else Path(out)
+    subject = Subject(
+        model,
+        data,
+        space=space,
+        input_shape=input_shape,
+        device=device,
+        seed=seed,
+        out=folder,
+        cache=cache,
+        watch=watch,
+    )
+    cost = subject.cost
+    limits = {budget: budget.limits(dense_macs=cost.macs, dense_params=cost.params) for budget in asked}
+    asked.sort(key=lambda budget: (limits[budget].macs or 0, limits[budget].params or 0))
+    check_reachable(cost, subject.space, limits[asked[0]])
+    if folder is not None:
+        make_folder(folder / _PLANS)
+    candidates, sensitivity = subject.tables(subject.prepared())
+    problems = [Problem(cost, limits[budget], candidates, sensitivity) for budget in asked]
+    total = sum(weight**_PLAIN.trust for weight in sensitivity.values()) or 1.0
+    points = []
+    for budget, problem, allocation in zip(asked, problems, _allocations(problems, subject), strict=True):
+        draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
+        points.append(Point(draft.plan(problem, allocation), allocation.error / total, _file_of(budget)))
+    front = Front(tuple(points), folder)
+    if folder is not None:
+        for point in points:
+            save_plan(point.plan, folder / point.name)
+        with replacing(folder / "front.csv") as path:
+            front.table.to_csv(path, index=False)
+    return front
+
+
+def _allocations(problems: Sequence[Problem], subject: Subject) -> list[Allocation]:
+    """Return the best allocation for each problem, of all that were found and keep its bounds.
+
+    What the solver leaves open, up to the gap, could otherwise make a larger budget the worse one.
+    """
+    found = []
+    for done, problem in enumerate(problems):
+        subject.tell("budgets", done, len(problems))
+        found.append(problem.allocate(_PLAIN))
+    subject.tell("budgets", len(problems), len(problems))
+    best = []
+    for problem, own in zip(problems, found, strict=True):
+        fitting = (other for other in found if problem.bounds.hold(macs=other.macs, params=other.params))
+        least = min(fitting, key=lambda other: other.error)
+        proven = own.error * (1 - own.gap)
+        gap = max(0.0, (least.error - proven) / least.error) if least.error > 0 else 0.0
+        best.append(replace(least, gap=gap))
+    return best
+
+
+def _file_of(budget: Budget) -> str:
+    """Return a file's name that tells the budget, such as `plans/flops-28.42pct-params-1M.json`."""
+    amounts = (("flops", budget.flops), ("params", budget.params))
+    told = "-".join(f"{name}-{amount}" for name, amount in amounts if amount is not None)
+    return f"{_PLANS}/{told.replace('%', 'pct').replace(' ', '')}.json"
