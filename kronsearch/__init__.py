@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from kronsearch.budget import Budget
     from kronsearch.errors import KronsearchError
     from kronsearch.models.apply import apply_plan
+    from kronsearch.models.bench import Timing, bench
     from kronsearch.models.loading import load_model
     from kronsearch.models.profile import ModelCost, profile_model
     from kronsearch.plan import Plan, load_plan, save_plan
     from kronsearch.search.run import SearchResult, search
     from kronsearch.search.space import SearchSpace, load_space
+    from kronsearch.search.sweep import Front, sweep
     from kronsearch.sekron.spec import SeKronSpec
     from kronsearch.training.data import Data
     from kronsearch.training.sources import load_data
@@ -28,13 +30,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Data",
+    "Front",
     "KronsearchError",
     "ModelCost",
     "Plan",
     "SeKronSpec",
     "SearchResult",
     "SearchSpace",
+    "Timing",
     "apply_plan",
+    "bench",
     "load_data",
     "load_model",
     "load_plan",
@@ -42,6 +47,7 @@ __all__ = [
     "profile_model",
     "save_plan",
     "search",
+    "sweep",
 ]
 
 __version__ = "0.1.0"
@@ -49,13 +55,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "budget",
     "Data": "training.data",
+    "Front": "search.sweep",
     "KronsearchError": "errors",
     "ModelCost": "models.profile",
     "Plan": "plan",
     "SeKronSpec": "sekron.spec",
     "SearchResult": "search.run",
     "SearchSpace": "search.space",
+    "Timing": "models.bench",
     "apply_plan": "models.apply",
+    "bench": "models.bench",
     "load_data": "training.sources",
     "load_model": "models.loading",
     "load_plan": "plan",
@@ -63,6 +72,7 @@ _HOMES = {
     "profile_model": "models.profile",
     "save_plan": "plan",
     "search": "search.run",
+    "sweep": "search.sweep",
 }
 
 

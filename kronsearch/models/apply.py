@@ -30,6 +30,7 @@ __all__ = [
     "replace_layers",
     "save_compressed",
     "settle",
+    "stored_plan",
 ]
 
 _FORMAT = "kronsearch"
@@ -153,6 +154,18 @@ def is_compressed(path: str | Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == _FORMAT
 
 
+def stored_plan(path: str | Path) -> Plan:
+    """Return the plan in a file of a compressed network.
+
+    Raises:
+        CheckpointError: the file is not one.
+        PlanError: the plan is malformed, or of another schema.
+    """
+    if not is_compressed(path):
+        raise CheckpointError(f"{path} is not a compressed network: pass the compressed.safetensors of a run")
+    return parse_plan(read_metadata(path).get("plan", ""), origin=f"the plan in {path}")
+
+
 def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None) -> nn.Module:
     """Return a compressed network: the structure of the plan, the weights of the file.
 
@@ -166,10 +179,8 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
         PlanError: the plan was made for another network.
     """
     path = Path(path)
-    if not is_compressed(path):
-        raise CheckpointError(f"{path} is not a compressed network: pass the compressed.safetensors of a run")
-    if plan is None:
-        plan = parse_plan(read_metadata(path).get("plan", ""), origin=f"the plan in {path}")
+    stored = stored_plan(path)
+    plan = stored if plan is None else plan
     check_fits(model, plan)
     small = replace_layers(
         model, {name: empty_layer(model.get_submodule(name), s) for name, s in plan.replaced.items()}
