@@ -49,8 +49,13 @@ InputShape = Annotated[
     Words, typer.Option("--input-shape", metavar="3,224,224", help="Sizes of one example, if there are no data")
 ]
 Space = Annotated[Words, typer.Option("--space", metavar="NAME|FILE", help="Search space [default: default]")]
+Out = Annotated[Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-out]")]
+Cache = Annotated[
+    Words, typer.Option("--cache", metavar="DIR", help="Statistics and error tables to share [default: OUT/cache]")
+]
 Device = Annotated[Words, typer.Option("--device", metavar="cpu|cuda", help="Where to compute [default: cpu]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all that is random [default: 0]")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the study's log")]
 
 
@@ -74,22 +79,43 @@ def run(
         Words, typer.Option("--storage", metavar="URL", help="Optuna storage [default: sqlite:///OUT/study.db]")
     ] = None,
     study: Annotated[Words, typer.Option("--study", metavar="NAME", help="Name of the study in the storage")] = None,
-    out: Annotated[
-        Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-out]")
-    ] = None,
-    cache: Annotated[
-        Words, typer.Option("--cache", metavar="DIR", help="Statistics and error tables to share [default: OUT/cache]")
-    ] = None,
+    out: Out = None,
+    cache: Cache = None,
     device: Device = None,
     seed: Seed = None,
     final_epochs: Annotated[
         float | None, typer.Option("--final-epochs", help="Epochs of fine-tuning at the end [default: 2]")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Search for the best plan under a budget; the same line again resumes."""
     _execute(commands.run, **locals())
+
+
+@app.command("sweep")
+def sweep(
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    input_shape: InputShape = None,
+    budget_flops: Annotated[
+        Words, typer.Option("--budget-flops", metavar="25%:90%:20", help="FROM:TO:HOW MANY, or 30%,50%, or one bound")
+    ] = None,
+    budget_params: Annotated[
+        Words, typer.Option("--budget-params", metavar="25%:90%:20", help="Likewise; one of the two has several values")
+    ] = None,
+    space: Space = None,
+    out: Out = None,
+    cache: Cache = None,
+    device: Device = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Allocate many budgets at once, without any training: the front of cost and predicted error."""
+    _execute(commands.sweep, **locals())
 
 
 @app.command("profile")
@@ -143,6 +169,30 @@ def evaluate(
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint."""
     options = {name: value for name, value in locals().items() if name != "plan"}
     _execute(partial(commands.evaluate, plan), **options)
+
+
+@app.command("bench")
+def bench(
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="A plan to apply, or a compressed.safetensors")
+    ] = None,
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    batch: Annotated[Words, typer.Option("--batch", metavar="1,8", help="Examples in a run [default: 1]")] = None,
+    threads: Annotated[
+        Words, typer.Option("--threads", metavar="1,2", help="Threads of torch [default: as it is set]")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="How long to time, for each batch and thread [default: 5]")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the timings there, too")] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Time the dense network against a compressed one on this machine, whole and by replaced layer."""
+    options = {name: value for name, value in locals().items() if name not in ("plan", "csv")}
+    _execute(partial(commands.bench, plan, csv), **options)
 
 
 def main() -> None:

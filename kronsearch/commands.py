@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kronsearch.budget import Budget
+from kronsearch.budget import Budget, budgets
 from kronsearch.config import CONFIG_FILE, OptionError, Settings
-from kronsearch.plan import Plan, load_plan, parse_plan
-from kronsearch.report import comparison, console_for, evaluation, plan_report, profile_report
+from kronsearch.plan import Plan, load_plan
+from kronsearch.report import comparison, console_for, evaluation, front, latency, plan_report, profile_report
 from kronsearch.watching import SearchView
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kronsearch.training.data import Data
 
-__all__ = ["apply", "evaluate", "profile", "run", "show"]
+__all__ = ["apply", "bench", "evaluate", "profile", "run", "show", "sweep"]
 
 
 def run(settings: Settings) -> None:
@@ -64,6 +64,39 @@ def run(settings: Settings) -> None:
     console = console_for()
     console.print(comparison(result.plan, dense=result.dense, compressed=result.compressed, metric=metric))
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
+
+
+def sweep(settings: Settings) -> None:
+    """Allocate many budgets from one set of error tables, and show the front."""
+    spec = _needed(settings.model, "--model")
+    budgets(flops=settings.budget_flops, params=settings.budget_params)  # what can't be read needs no torch to be told
+
+    from kronsearch.search.progress import ignore
+    from kronsearch.search.sweep import sweep
+
+    device = _device(settings)
+    model = _load_model(settings, spec)
+    data = _load_data(settings, None)
+    view = SearchView(console_for(sys.stderr), None)
+    with nullcontext() if settings.quiet else view:
+        found = sweep(
+            model,
+            data,
+            flops=settings.budget_flops,
+            params=settings.budget_params,
+            space=settings.space,
+            out=settings.out,
+            cache=settings.cache,
+            input_shape=_input_shape(settings, spec, model, data),
+            device=device,
+            seed=settings.seed,
+            model_spec=spec,
+            model_args=settings.model_args,
+            watch=ignore if settings.quiet else view,
+        )
+    console = console_for()
+    console.print(front(found))
+    console.print(f"written to {found.out}: front.csv, plans/", soft_wrap=True)
 
 
 def profile(settings: Settings) -> None:
@@ -117,15 +150,14 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     spec = _needed(settings.model, "--model")
     plan = None if path is None else load_plan(path)
 
-    from kronsearch.models.apply import apply_plan, is_compressed, load_compressed
-    from kronsearch.models.checkpoint import read_metadata
+    from kronsearch.models.apply import apply_plan, is_compressed, load_compressed, stored_plan
     from kronsearch.models.loading import load_model
     from kronsearch.training.evaluate import evaluate
 
     device, weights = _device(settings), settings.weights
     compressed = weights is not None and is_compressed(weights)
     if weights is not None and compressed and plan is None:
-        plan = parse_plan(read_metadata(weights).get("plan", ""), origin=f"the plan in {weights}")
+        plan = stored_plan(weights)
     data = _load_data(settings, plan)
     if data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
@@ -137,6 +169,41 @@ def evaluate(path: Path | None, settings: Settings) -> None:
             model = apply_plan(model, plan, data, device=device)
     result = evaluate(model.to(device), data, settings.split, device=device)
     console_for().print(evaluation(result, metric=data.task.metric_name, split=settings.split))
+
+
+def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
+    """Time the dense network and a compressed one on this machine."""
+    spec = _needed(settings.model, "--model")
+    file = path if path is not None or settings.weights is None else Path(settings.weights)
+    if file is None or (path is None and file.suffix != ".safetensors"):
+        raise OptionError("nothing to compare with: pass a plan.json, or the compressed.safetensors of a run")
+    plan = None if file.suffix == ".safetensors" else load_plan(file)
+
+    from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
+    from kronsearch.models.bench import bench, save_timings
+    from kronsearch.models.loading import load_model
+
+    device = _device(settings)
+    model = load_model(spec, weights=None if path is None else settings.weights, args=settings.model_args)
+    if plan is None:
+        plan = stored_plan(file)
+        small = load_compressed(model, file, plan)
+    else:
+        small = apply_plan(model, plan, device=device)
+    timings = bench(
+        model,
+        small,
+        input_shape=plan.input_shape,
+        batches=settings.batch,
+        threads=settings.threads,
+        seconds=settings.seconds,
+        device=device,
+    )
+    console = console_for()
+    console.print(latency(timings))
+    if csv is not None:
+        save_timings(timings, csv)
+        console.print(f"written to {csv}", soft_wrap=True)
 
 
 def _needed(value: str | None, option: str) -> str:

@@ -1,6 +1,7 @@
 """The options of the command line: checked, and filled up from a `kronsearch.yaml` in the working directory."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -52,10 +53,27 @@ def _json_object(value: object) -> object:
     return value
 
 
+def _counts(value: object) -> object:
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    counts = [str(part).strip() for part in parts]
+    if not counts or not all(re.fullmatch(r"[1-9][0-9]{0,5}", count, re.ASCII) for count in counts):
+        raise ValueError("write one count or several, such as 1,8")
+    return tuple(map(int, counts))
+
+
+def _threads(value: object) -> object:
+    counts = _counts(value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(counts, tuple) and max(counts) > cores:
+        raise ValueError(f"there are {cores} cores to run on: more threads wait for each other")
+    return counts
+
+
 class Settings(BaseModel):
     """All options of all commands, as `kronsearch.yaml` may hold them; each command takes those it has.
 
-    `timeout` is in seconds here, `30m` and the like where it is written; `input_shape` and `model_args` are read too.
+    `timeout` is in seconds here, `30m` and the like where it is written; `input_shape`, `model_args`, `batch` and
+    `threads` are read too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -77,6 +95,9 @@ class Settings(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     final_epochs: Annotated[float, Field(ge=0)] = 2.0
+    batch: Annotated[tuple[int, ...], BeforeValidator(_counts)] = (1,)
+    threads: Annotated[tuple[int, ...], BeforeValidator(_threads)] | None = None
+    seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
     split: Literal["test", "val"] = "test"
     quiet: bool = False
     debug: bool = False

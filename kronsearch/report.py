@@ -12,7 +12,9 @@ from kronsearch.budget import format_count
 from kronsearch.plan import Plan
 
 if TYPE_CHECKING:
+    from kronsearch.models.bench import Timing
     from kronsearch.models.profile import ModelCost
+    from kronsearch.search.sweep import Front
     from kronsearch.training.evaluate import Evaluation
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "comparison",
     "console_for",
     "evaluation",
+    "front",
+    "latency",
     "one_line",
     "plan_report",
     "profile_report",
@@ -93,6 +97,26 @@ def plan_report(plan: Plan) -> RenderableType:
     return Group(layers, _costs(plan, "compressed"), *map(Text, lines))
 
 
+def front(found: "Front") -> RenderableType:
+    """Return the points of a sweep."""
+    points, dense = found.points, found.points[0].plan.dense
+    table = _table("budget", numbers=("MACs", "params", "predicted error", "weighed error", "proven gap"), last="plan")
+    for point in points:
+        plan, gap = point.plan, point.plan.provenance.gap or 0.0
+        bounds = (("flops", plan.budget.flops), ("params", plan.budget.params))
+        table.add_row(
+            one_line(", ".join(f"{name} {written}" for name, written in bounds if written is not None)),
+            format_count(plan.compressed.macs),
+            format_count(plan.compressed.params),
+            f"{plan.predicted_error:.4g}",
+            f"{point.weighed_error:.4g}",
+            f"{gap:.2%}",
+            one_line(point.name),
+        )
+    told = f"The dense network has {format_count(dense.macs)} MACs and {format_count(dense.params)} params."
+    return Group(table, Text(f"{told} The weighed error is what was made smallest, to the proven gap."))
+
+
 def profile_report(cost: "ModelCost", *, smallest: tuple[int, int]) -> RenderableType:
     """Return what a network costs by layer, which layers can be replaced, and the smallest reachable cost."""
     layers = _table("layer", "kind", "kernel", numbers=("MACs", "params"), last="can be replaced")
@@ -118,6 +142,27 @@ def evaluation(result: "Evaluation", *, metric: str, split: str) -> RenderableTy
     table.add_row("loss", f"{result.loss:.4f}")
     table.add_row("examples", str(result.n))
     return table
+
+
+def latency(timings: "list[Timing]") -> RenderableType:
+    """Return how long dense and compressed network take, whole and by layer, for each batch and number of threads."""
+    tables: dict[str, Table] = {}
+    for timing in timings:
+        setting = f"batch {timing.batch}, threads {timing.threads}"
+        layouts = f"dense {timing.dense_layout}, compressed {timing.compressed_layout}"
+        columns = ("dense ms", "compressed ms", "speed-up", "quartiles", "pairs")
+        table = tables.setdefault(f"{setting}; {layouts}", _table("layer", numbers=columns))
+        table.add_row(
+            one_line(timing.layer or "(the whole network)"),
+            f"{timing.dense_ms:.4g}",
+            f"{timing.compressed_ms:.4g}",
+            f"{timing.speedup:.2f}×",
+            f"{timing.speedup_low:.2f}–{timing.speedup_high:.2f}",
+            str(timing.pairs),
+        )
+    parts = [part for setting, table in tables.items() for part in (Text(setting), table)]
+    note = "Medians of runs that took turns, each network in the layout it is faster in. Below 1× it got slower."
+    return Group(*parts, Text(note))
 
 
 def _table(*texts: str, numbers: tuple[str, ...] = (), last: str | None = None) -> Table:

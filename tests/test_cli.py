@@ -16,6 +16,7 @@ from kronsearch.budget import Budget
 from kronsearch.cli import app
 from kronsearch.config import Settings
 from kronsearch.errors import BudgetError
+from kronsearch.models.bench import Timing
 from kronsearch.plan import save_plan
 from kronsearch.training.evaluate import Evaluation
 
@@ -101,6 +102,91 @@ def test_options_reach_the_search(calls):
     assert result.stderr == ""
 
 
+def test_options_reach_the_sweep(calls, plan, monkeypatch):
+    swept = []
+    double = ModuleType("kronsearch.search.sweep")
+    double.sweep = lambda *args, **options: (  # type: ignore[attr-defined]
+        swept.append((args, options)),
+        SimpleNamespace(
+            points=(SimpleNamespace(plan=plan, weighed_error=0.5, name="plans/a.json"),), out=Path("there")
+        ),
+    )[1]
+    monkeypatch.setitem(sys.modules, "kronsearch.search.sweep", double)
+    Path("kronsearch.yaml").write_text("trials: 3\nbudget-params: 40%\n")
+    result = invoke(
+        *("sweep", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
+        *("--budget-flops", "25%:90%:20", "--space", "spatial", "--out", "there", "--cache", "kept", "--seed", "5"),
+        *("--input-shape", "1,8,8", "--device", "cpu", "--quiet"),
+    )
+    assert calls.load_model == ("m:f", "w.pt", {"a": 1})
+    [(args, options)] = swept
+    assert options.pop("watch").__name__ == "ignore"
+    assert args == (calls.model, calls.data)
+    assert options == {
+        "flops": "25%:90%:20",
+        "params": "40%",
+        "space": "spatial",
+        "out": "there",
+        "cache": "kept",
+        "input_shape": (1, 8, 8),
+        "device": "cpu",
+        "seed": 5,
+        "model_spec": "m:f",
+        "model_args": {"a": 1},
+    }
+    assert "plans/a.json" in result.stdout
+    assert "written to there: front.csv, plans/" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.fixture
+def timed(calls, plan, monkeypatch):
+    """Put doubles in the place of what `bench` calls, and return what it was called with."""
+    calls.timed = []
+
+    def bench(*networks, **options):
+        calls.timed.append((networks, options))
+        return [Timing("", 1, 1, 3.0, 2.0, 1.5, 1.25, 1.75, 9, "contiguous", "channels_last")]
+
+    monkeypatch.setattr("kronsearch.models.bench.bench", bench)
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda model, plan, *, device: "applied")
+    monkeypatch.setattr("kronsearch.models.apply.stored_plan", lambda file: plan)
+    monkeypatch.setattr("kronsearch.models.apply.load_compressed", lambda model, file, plan: f"loaded from {file}")
+    return calls
+
+
+def test_options_reach_the_timing(timed, plan):
+    save_plan(plan, "plan.json")
+    Path("kronsearch.yaml").write_text("threads: 1\nbatch: [1, 8]\n")
+    result = invoke(
+        *("bench", "plan.json", "--model", "m:f", "--weights", "w.pt", "--model-args", '{"a": 1}', "--batch", "2, 4"),
+        *("--seconds", "0.5", "--csv", "t.csv", "--device", "cpu"),
+    )
+    assert timed.load_model == ("m:f", "w.pt", {"a": 1})
+    [(networks, options)] = timed.timed
+    assert networks == (timed.model, "applied")
+    assert options == {
+        "input_shape": plan.input_shape,
+        "batches": (2, 4),
+        "threads": (1,),
+        "seconds": 0.5,
+        "device": "cpu",
+    }
+    assert "1.50×" in result.stdout
+    assert "written to t.csv" in result.stdout
+    assert Path("t.csv").read_text().count("\n") == 2
+    assert result.stderr == ""
+
+
+def test_a_compressed_file_is_timed_as_the_plan_or_as_the_weights(timed):
+    invoke("bench", "small.safetensors", "--model", "m:f", "--weights", "w.pt")
+    assert timed.load_model == ("m:f", "w.pt", {})
+    invoke("bench", "--model", "m:f", "--weights", "small.safetensors")
+    assert timed.load_model == ("m:f", None, {})
+    assert [networks for networks, _ in timed.timed] == [(timed.model, "loaded from small.safetensors")] * 2
+    assert timed.timed[0][1]["threads"] is None
+
+
 def test_what_is_not_given_has_its_default(calls):
     invoke(*RUN)
     args, options = calls.search
@@ -121,6 +207,9 @@ def test_help_tells_the_real_defaults():
     for name in ("trials", "out", "device", "seed", "space"):
         assert re.search(rf"--{name} [^\]]*\[default: {getattr(Settings(), name)}\]", shown), name
     assert f"[default: {Settings().final_epochs:g}]" in shown
+    shown = " ".join(invoke("bench", "--help").stdout.split())
+    assert re.search(rf"--batch [^\]]*\[default: {Settings().batch[0]}\]", shown)
+    assert re.search(rf"--seconds [^\]]*\[default: {Settings().seconds:g}\]", shown)
 
 
 def test_the_file_fills_up_and_the_line_wins(calls):
@@ -154,6 +243,16 @@ def test_a_malformed_file_is_one_line(command):
         (("run", "--model", "zoo:digits"), "error: no budget given"),
         (("run", "--model", "zoo:digits", "--budget-flops", "lots"), "error: a budget of flops 'lots'"),
         (("run", "--model", "zoo:digits", "--budget-flops", "1G", "--timeout", "1d"), "error: --timeout 1d: write a"),
+        (("sweep", "--budget-flops", "30%,50%"), "error: no --model given"),
+        (("sweep", "--model", "zoo:digits"), "error: no budgets given: pass several"),
+        (("sweep", "--model", "zoo:digits", "--budget-flops", "50%"), "error: one budget given: pass several"),
+        (("sweep", "--model", "zoo:digits", "--budget-flops", "1:2"), "error: budgets of flops 1:2 can't be read"),
+        (("bench", "p.json"), "error: no --model given"),
+        (("bench", "--model", "zoo:digits"), "error: nothing to compare with: pass a plan.json"),
+        (("bench", "--model", "zoo:digits", "--weights", "w.pt"), "error: nothing to compare with: pass a plan.json"),
+        (("bench", "p.json", "--model", "zoo:digits"), "error: can't read the plan p.json"),
+        (("bench", "p.safetensors", "--model", "zoo:digits"), "error: p.safetensors is not a compressed network"),
+        (("bench", "p.json", "--model", "zoo:digits", "--batch", "0"), "error: --batch 0: write one count or several"),
         (("profile",), "error: no --model given"),
         (("profile", "--model", "zoo:digit"), "error: "),
         (("show", "none.json"), "error: can't read the plan none.json"),

@@ -140,6 +140,35 @@ def test_a_plan_is_applied_and_evaluated_two_ways_alike(finished):
     assert on_the_fly == from_the_file
 
 
+def test_a_front_is_written_and_one_of_its_plans_applied(finished):
+    """The statistics and tables are those of the search."""
+    line = ("sweep", *MODEL, "--data", "digits", "--budget-flops", "30%:70%:3", "--cache", "found/cache")
+    out, err = kronsearch(*line, "--out", "front", cwd=finished)
+    assert "plans/flops-50pct.json" in out
+    assert "weighed error" in out
+    assert re.findall("^budgets.*$", err, re.MULTILINE) == ["budgets 0/3"]
+    assert names_in(finished / "front") == {"front.csv", "plans"}
+    plan = ("front/plans/flops-50pct.json", *MODEL, "--data", "digits")
+    applied, err = kronsearch("apply", *plan, "--out", "middle.safetensors", cwd=finished)
+    assert "written to middle.safetensors" in applied
+    assert err == ""
+
+
+def test_plan_and_compressed_network_are_timed(finished):
+    line = ("bench", *MODEL, "--seconds", "0.01")
+    for args in (
+        ("found/plan.json",),
+        ("found/compressed.safetensors",),
+        ("--weights", "found/compressed.safetensors"),
+    ):
+        out, err = kronsearch(*line, *args, "--csv", "timings.csv", cwd=finished)
+        replaced = load_plan(finished / "found/plan.json").replaced
+        assert all(name in out for name in ("(the whole network)", *replaced))
+        assert err == ""
+        rows = (finished / "timings.csv").read_text().splitlines()
+        assert len(rows) == 1 + 1 + len(replaced)
+
+
 def test_a_finished_search_gives_the_same_again(finished):
     out, _ = kronsearch(*RUN, "--trials", "2", "--out", "found", "--quiet", cwd=finished)
     assert out == (finished / "stdout").read_text()
@@ -208,6 +237,12 @@ def test_a_profile_tells_the_smallest_reachable_cost(tmp_path):
 )
 def test_a_budget_that_can_not_be_is_refused(args, words, tmp_path):
     assert words in refused("run", *MODEL, "--data", "digits", *args, cwd=tmp_path)
+    assert names_in(tmp_path) == set()
+
+
+def test_a_front_that_can_not_be_is_refused(tmp_path):
+    for budgets, words in (("10,20", "smallest that this model"), ("50%:100%:3", "kept by the dense model already")):
+        assert words in refused("sweep", *MODEL, "--data", "digits", "--budget-flops", budgets, cwd=tmp_path)
     assert names_in(tmp_path) == set()
 
 

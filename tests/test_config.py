@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_shapes_that_are_none(config, written):
         resolve({"input_shape": written}, config_file=config)
 
 
+@pytest.mark.parametrize("written", ["1,8", " 1, 8", [1, 8], (1, "8")])
+def test_counts(config, written):
+    assert resolve({"batch": written}, config_file=config).batch == (1, 8)
+    assert resolve({"batch": 4}, config_file=config).batch == (4,)
+    assert (Settings().batch, Settings().threads) == ((1,), None)
+
+
+@pytest.mark.parametrize("written", ["", "0", "1,", "-1", "1.5", "1x", "9" * 7, [], [None]])
+def test_counts_that_are_none(config, written):
+    with pytest.raises(OptionError, match=r"^--batch .*: write one count or several, such as 1,8$"):
+        resolve({"batch": written}, config_file=config)
+
+
+def test_there_are_not_more_threads_than_cores(config, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    assert resolve({"threads": "1,2"}, config_file=config).threads == (1, 2)
+    with pytest.raises(OptionError, match=r"^--threads 1,3: there are 2 cores to run on"):
+        resolve({"threads": "1,3"}, config_file=config)
+
+
 def test_model_arguments_are_json(config):
     assert resolve({"model_args": '{"a": [1, null]}'}, config_file=config).model_args == {"a": [1, None]}
 
@@ -79,6 +100,7 @@ def test_model_arguments_that_are_no_object(config, written):
         ("seed", 2**63, "less than 9223372036854775808"),
         ("final_epochs", float("nan"), "finite number"),
         ("final_epochs", -0.5, "greater than or equal to 0"),
+        ("seconds", 0.0, "greater than 0"),
         ("device", "tpu", "'cpu' or 'cuda'"),
         ("split", "train", "'test' or 'val'"),
     ],

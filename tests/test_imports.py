@@ -195,6 +195,20 @@ def test_show_and_help_import_no_torch(plan, tmp_path):
     assert "--budget-flops" in run_without(HEAVY, call.format(["run", "--help"]), tmp_path)
 
 
+def test_what_can_be_refused_without_torch_is(tmp_path):
+    call = (
+        "from kronsearch.config import Settings; from kronsearch import commands\n"
+        "from kronsearch.errors import KronsearchError; from pathlib import Path\n"
+        "try: {}\nexcept KronsearchError as error: print(error)"
+    )
+    for line, told in (
+        ('commands.sweep(Settings(model="zoo:digits", budget_flops="50%:30%:3"))', "go nowhere"),
+        ('commands.bench(Path("none.json"), None, Settings(model="zoo:digits"))', "can't read the plan none.json"),
+        ('commands.bench(None, None, Settings(model="zoo:digits"))', "nothing to compare with"),
+    ):
+        assert told in run_without(HEAVY, call.format(line), tmp_path)
+
+
 def test_every_name_of_the_package_is_there():
     import kronsearch
 

@@ -1,11 +1,24 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from kronsearch.models.bench import Timing
 from kronsearch.models.profile import LayerCost, ModelCost
 from kronsearch.plan import LayerPlan, PlanBudget, Provenance, fingerprint
-from kronsearch.report import FLOPS, comparison, console_for, evaluation, one_line, plan_report, profile_report
+from kronsearch.report import (
+    FLOPS,
+    comparison,
+    console_for,
+    evaluation,
+    front,
+    latency,
+    one_line,
+    plan_report,
+    profile_report,
+)
+from kronsearch.search.sweep import Front, Point
 from kronsearch.training.evaluate import Evaluation
 
 
@@ -108,6 +121,26 @@ def test_a_profile_tells_what_can_be_replaced_and_what_can_be_reached():
     assert row(text, "(the model itself)")[-1] == "no: not a convolution or linear layer"
     assert row(text, FLOPS) == [FLOPS, "18.43 k", "1.152 k", f"{8 * 4 * 9 * 64 / 1152:.2f}× fewer"]
     assert "input 4×8×8." in text
+
+
+def test_a_front_is_told(plan):
+    other = plan.model_copy(update={"budget": PlanBudget(flops="1k", params="9%")})
+    points = (Point(plan, 0.25, "plans/flops-50pct.json"), Point(other, 0.125, "plans/b.json"))
+    text = printed(front(Front(points, None)))
+    assert row(text, "flops 50%") == [
+        *("flops 50%", "9 k", str(plan.compressed.params), "0.125", "0.25", "0.01%", "plans/flops-50pct.json"),
+    ]
+    assert row(text, "flops 1k, params 9%")[-1] == "plans/b.json"
+    assert "The dense network has 20 k MACs and 368 params." in text
+
+
+def test_timings_are_told_by_setting():
+    whole = Timing("", 8, 2, 3.0, 2.0, 1.5, 1.25, 1.75, 9, "contiguous", "channels_last")
+    text = printed(latency([whole, replace(whole, layer="a.b"), replace(whole, layer="c", batch=1)]))
+    assert text.count("batch 8, threads 2; dense contiguous, compressed channels_last\n") == 1
+    assert text.count("batch 1, threads 2; ") == 1
+    assert row(text, "(the whole network)") == ["(the whole network)", "3", "2", "1.50×", "1.25–1.75", "9"]
+    assert row(text, "a.b")[1:] == row(text, "c")[1:]
 
 
 def test_an_evaluation_is_told():
