@@ -74,11 +74,12 @@ class LayerPlan(_Part):
 
     @field_serializer("spec")
     def _plainly(self, spec: SeKronSpec | None) -> dict[str, object] | None:
-        """Leave out that factors are coupled as a tree, which is what a plan means that says nothing."""
+        """Leave out a coupling as a tree and the default run, which are what a plan means that says nothing."""
         if spec is None:
             return None
         told: dict[str, object] = {"factor_shapes": spec.factor_shapes, "ranks": spec.ranks}
-        return told | ({"coupling": spec.coupling} if spec.coupling == "chain" else {})
+        told |= {"coupling": spec.coupling} if spec.coupling == "chain" else {}
+        return told | ({"run": spec.run} if spec.run else {})
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "LayerPlan":
@@ -86,7 +87,8 @@ class LayerPlan(_Part):
             raise ValueError("a layer has either a spec or the reason why it stays dense")
         if self.spec is not None:
             self.spec.check_kernel(self.kernel_shape)
-            if self.spec.params > (most := 64 * prod(self.kernel_shape)):
+            most = 64 * prod(self.kernel_shape)
+            if max(self.spec.params, *map(self.spec.merged_params, self.spec.order)) > most:
                 raise ValueError(f"the factors of {self.spec} have more than {most} entries, 64 times the kernel's")
         return self
 

@@ -47,6 +47,35 @@ def test_a_chain_is_told_and_a_tree_goes_without_saying(plan):
         parse_plan(text.replace('"chain"', '"ring"'), origin="X")
 
 
+def with_conv(plan, spec):
+    """Return the JSON text of a plan of one layer with this spec."""
+    layers = {"conv": LayerPlan(kernel_shape=spec.kernel_shape, spec=spec)}
+    identity = plan.model.model_copy(update={"fingerprint": fingerprint(layers)})
+    return plan.model_copy(update={"layers": layers, "model": identity}).model_dump_json()
+
+
+def test_a_run_is_told_unless_it_is_the_default(plan):
+    shapes = ((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1))
+    for run in ((), ((2,), (1,), (0,)), ((0,), (1, 2)), ((0, 1, 2),)):
+        spec = SeKronSpec(shapes, (2, 2), run=run)
+        text = with_conv(plan, spec)
+        assert ('"run"' in text) == bool(spec.run)
+        assert parse_plan(text, origin="X").replaced == {"conv": spec}
+    assert '"run":[[0,1,2]]' in text
+    for hostile in ("[[0,1]]", "[[0,2],[1]]", "[[0,1,2],[]]", '[["0",1,2]]', "[[0.0,1,2]]", "[0,1,2]", "[[0,1,true]]", "3"):
+        with pytest.raises(PlanError, match=r"X is not a valid plan: layers\.conv\.spec") as caught:
+            parse_plan(text.replace("[[0,1,2]]", hostile), origin="X")
+        without_newlines(caught)
+
+
+def test_a_run_that_merges_factors_into_a_huge_one_is_refused(plan):
+    spec = SeKronSpec(((64, 1), (1, 64), (4, 1), (1, 4)), (64, 64, 1))
+    text = with_conv(plan, spec)
+    assert parse_plan(text, origin="X").replaced == {"conv": spec}
+    with pytest.raises(PlanError, match="have more than .* entries, 64 times the kernel's"):
+        parse_plan(text.replace("[64,64,1]", '[64,64,1],"run":[[0,1],[3],[2]]'), origin="X")
+
+
 def test_save_load_save_gives_the_same_bytes(plan, tmp_path):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     save_plan(plan, first)

@@ -1,7 +1,7 @@
 """Candidates: all that could replace a layer, with cost and error, and which of them no other makes pointless."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -14,7 +14,8 @@ from kronsearch.models.profile import LayerCost
 from kronsearch.search.space import SearchSpace
 from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
 from kronsearch.sekron.metrics import Metric
-from kronsearch.sekron.shapes import FactorShapes, Structure, cp_sequence, factor_pairs, holds_groups, structure_of
+from kronsearch.sekron.planning import plan_run
+from kronsearch.sekron.shapes import Structure, cp_sequence, factor_pairs, holds_groups, structure_of
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tables import ErrorTable, cp_table, pair_tables
 
@@ -25,9 +26,12 @@ _LARGEST_GRAM = 4096  # side of the Gram matrix of two factors: beyond, one sequ
 
 @dataclass(frozen=True)
 class UnitCost:
-    """The cost of a sequence of factors at R_1 = 1 and other ranks 1; both costs grow in proportion to R_1."""
+    """The cost of a sequence of factors at R_1 = 1 and other ranks 1, with the run of fewest MACs there.
 
-    factor_shapes: FactorShapes
+    Both grow in proportion to R_1, but MACs never above the dense layer's: its kernel can be formed and run instead.
+    """
+
+    spec: SeKronSpec
     macs: int
     params: int
 
@@ -39,17 +43,17 @@ class Candidates:
     Args:
         name: dotted name of the layer.
         kernel_shape: its kernel's.
-        sequences: the sequences of factor shapes; the last is the dense kernel's.
+        sequences: the sequences of factors, all ranks being 1, with their runs; the last is the dense kernel's.
         sequence: (count,) index of each candidate's sequence.
         rank: (count,) R_1, other ranks are 1; 0 for the dense layer.
-        macs: (count,) multiply-accumulates of the layer for one example.
+        macs: (count,) multiply-accumulates of the layer for one example, at most the dense layer's.
         params: (count,) entries of the factors.
         error: (count,) relative squared error.
     """
 
     name: str
     kernel_shape: tuple[int, ...]
-    sequences: tuple[FactorShapes, ...]
+    sequences: tuple[SeKronSpec, ...]
     sequence: NDArray[np.int64]
     rank: NDArray[np.int64]
     macs: NDArray[np.int64]
@@ -61,15 +65,20 @@ class Candidates:
         return len(self.rank)
 
     def spec(self, index: int) -> SeKronSpec | None:
-        """Return a candidate's spec, None for the dense layer."""
+        """Return a candidate's spec, None for the dense layer.
+
+        One that costs as many MACs as the dense layer runs as that does, with all factors merged.
+        """
         if self.rank[index] == 0:
             return None
-        shapes = self.sequences[self.sequence[index]]
-        return SeKronSpec(shapes, (int(self.rank[index]), *(1,) * (len(shapes) - 2)))
+        unit = self.sequences[self.sequence[index]]
+        merged = (tuple(range(unit.sequence_length)),)
+        run = merged if self.macs[index] >= self.macs[0] else unit.run
+        return replace(unit, ranks=(int(self.rank[index]), *unit.ranks[1:]), run=run)
 
     def structures(self) -> NDArray[np.object_]:
         """Return each candidate's kind of structure, (count,)."""
-        kinds = np.array([structure_of(shapes) for shapes in self.sequences], dtype=object)
+        kinds = np.array([unit.structure for unit in self.sequences], dtype=object)
         return kinds[self.sequence]
 
     def without_pointless(self) -> "Candidates":
@@ -100,8 +109,8 @@ def sequences(
         if not holds_groups(shapes, geometry.groups):
             continue
         if structure_of(shapes) in space.structures and min(map(prod, shapes)) <= _LARGEST_GRAM:
-            spec = SeKronSpec(shapes, (1,) * (len(shapes) - 1))
-            unit = UnitCost(shapes, sum(count_macs(spec, geometry, call) for call in calls), spec.params)
+            spec = plan_run(SeKronSpec(shapes, (1,) * (len(shapes) - 1)), geometry, calls)
+            unit = UnitCost(spec, sum(count_macs(spec, geometry, call) for call in calls), spec.params)
             if unit.macs < dense or unit.params < prod(kernel_shape):
                 yield unit
 
@@ -121,16 +130,16 @@ def layer_candidates(
     assert cost.geometry is not None
     units = list(sequences(shape, cost.geometry, cost.calls, space))
     found = list(zip(units, _tables(kernel, units, dense, space, metric), strict=True))
-    shapes = (*(unit.factor_shapes for unit, _ in found), (shape,))
+    specs = (*(unit.spec for unit, _ in found), SeKronSpec((shape,)))
     sequence = [np.full(len(table.ranks), i) for i, (_, table) in enumerate(found)]
     rank = [table.ranks[:, 0] for _, table in found]
-    macs = [table.ranks[:, 0] * unit.macs for unit, table in found]
+    macs = [np.minimum(table.ranks[:, 0] * unit.macs, dense) for unit, table in found]
     params = [table.ranks[:, 0] * unit.params for unit, table in found]
     error = [table.errors for _, table in found]
     everything = Candidates(
         cost.name,
         shape,
-        shapes,
+        specs,
         np.concatenate([[len(found)], *sequence]).astype(np.int64),
         np.concatenate([[0], *rank]).astype(np.int64),
         np.concatenate([[dense], *macs]).astype(np.int64),
@@ -146,15 +155,16 @@ def _tables(
     kernel: Tensor, units: Sequence[UnitCost], dense: int, space: SearchSpace, metric: Metric | None
 ) -> Iterator[ErrorTable]:
     """Yield the table of each sequence, up to the rank at which it saves neither MACs nor params."""
-    pairs = iter(pair_tables(kernel, [u.factor_shapes for u in units if len(u.factor_shapes) == 2], metric=metric))
-    for unit in units:
+    sequences = [unit.spec.factor_shapes for unit in units]
+    pairs = iter(pair_tables(kernel, [shapes for shapes in sequences if len(shapes) == 2], metric=metric))
+    for unit, shapes in zip(units, sequences, strict=True):
         highest = max((dense - 1) // unit.macs, (kernel.numel() - 1) // unit.params)
-        if structure_of(unit.factor_shapes) is Structure.DEEP:
+        if unit.spec.structure is Structure.DEEP:
             with torch.no_grad():
-                yield cp_table(kernel, unit.factor_shapes, highest, fits=space.deep_fits, metric=metric)
+                yield cp_table(kernel, shapes, highest, fits=space.deep_fits, metric=metric)
         else:
             table = next(pairs)
-            yield ErrorTable(unit.factor_shapes, table.ranks[:highest], table.errors[:highest])
+            yield ErrorTable(shapes, table.ranks[:highest], table.errors[:highest])
 
 
 def pareto(costs: Sequence[NDArray[Any]], error: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ import hashlib
 import statistics
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from math import prod
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from kronsearch.plan import Decomposition
 from kronsearch.search.candidates import Candidates, layer_candidates
 from kronsearch.search.space import SearchSpace
 from kronsearch.sekron.metrics import Metric, Moments
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.data import Data
 
 __all__ = ["Prepared", "measure", "tabulate"]
@@ -131,28 +132,41 @@ def _candidates(kernel: Tensor, cost: LayerCost, space: SearchSpace, prepared: P
 
 def _to_tensors(candidates: Candidates) -> dict[str, Tensor]:
     columns = {name: torch.from_numpy(np.ascontiguousarray(getattr(candidates, name))) for name in _COLUMNS}
-    flat = [n for shapes in candidates.sequences for shape in shapes for n in shape]
+    units = candidates.sequences
+    flat = [n for unit in units for shape in unit.factor_shapes for n in shape]
+    stages = [{k: stage for stage, group in enumerate(unit.order) for k in group} for unit in units]
     return columns | {
-        "lengths": torch.tensor([len(shapes) for shapes in candidates.sequences]),
+        "lengths": torch.tensor([unit.sequence_length for unit in units]),
         "shapes": torch.tensor(flat).reshape(-1, len(candidates.kernel_shape)),
+        "stages": torch.tensor([stage[k] for stage in stages for k in range(len(stage))]),  # in which a factor runs
     }
 
 
 def _from_tensors(kept: Mapping[str, Tensor], cost: LayerCost) -> Candidates | None:
     """Undo `_to_tensors`; None where the tensors don't belong together."""
     shape = cost.kernel_shape
-    if shape is None or set(kept) != {*_COLUMNS, "lengths", "shapes"}:
+    if shape is None or set(kept) != {*_COLUMNS, "lengths", "shapes", "stages"}:
         return None
     columns = [kept[name].numpy() for name in _COLUMNS]
-    lengths, shapes = kept["lengths"].tolist(), [tuple(row) for row in kept["shapes"].tolist()]
+    lengths, shapes, stages = (kept[name].tolist() for name in ("lengths", "shapes", "stages"))
     if any(len(column) != len(columns[0]) for column in columns) or sum(lengths) != len(shapes):
         return None
-    rows = iter(shapes)
-    sequences = tuple(tuple(next(rows) for _ in range(length)) for length in lengths)
-    whole = all(tuple(prod(part) for part in zip(*sequence, strict=True)) == shape for sequence in sequences)
+    try:
+        factors = iter(list(zip(shapes, stages, strict=True)))
+        sequences = tuple(_unit(list(islice(factors, length))) for length in lengths)
+    except ValueError:  # a SpecError among others
+        return None
+    whole = all(unit.kernel_shape == shape for unit in sequences)
     if not whole or not ((columns[0] >= 0) & (columns[0] < len(sequences))).all():
         return None
     return Candidates(cost.name, shape, sequences, *columns)
+
+
+def _unit(factors: list[tuple[list[int], int]]) -> SeKronSpec:
+    """Return the spec of ranks 1 of factors, each given by its shape and the stage in which it runs."""
+    shapes, stages = zip(*factors, strict=True)
+    run = tuple(tuple(k for k, own in enumerate(stages) if own == stage) for stage in sorted(set(stages)))
+    return SeKronSpec(tuple(map(tuple, shapes)), (1,) * (len(shapes) - 1), run=run)
 
 
 def _metrics(

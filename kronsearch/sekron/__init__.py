@@ -7,6 +7,7 @@ imported when the first name that does need it is used.
 from typing import TYPE_CHECKING
 
 from kronsearch.sekron.execution import Geometry, count_macs, dense_macs
+from kronsearch.sekron.planning import plan_run
 from kronsearch.sekron.shapes import Structure, cp_sequence, factor_pairs
 from kronsearch.sekron.spec import SeKronSpec
 
@@ -44,6 +45,7 @@ __all__ = [
     "from_tucker",
     "pair_table",
     "pair_tables",
+    "plan_run",
     "reconstruct",
     "relative_error",
 ]

@@ -1,16 +1,18 @@
 """The stages in which a factorised layer runs, and what they cost. Ints only.
 
-The order is last factor first. After stages S…k+1 the data have the dimensions
-`(N, C_1…C_k, ranks, F_{k+1}…F_S, *positions)`. The ranks are R_1…R_k in a tree, where stage k sums over `R_k` and `C_k`
-inside of one grouped convolution with `R_1…R_{k-1}` groups and puts `F_k` out channels in each; in a chain they are R_k
-alone, and stage k is one convolution from `R_k·C_k` to `R_{k-1}·F_k` channels. Its factor's taps lie as far apart as
-the later factors are wide. The kernel is never formed.
+A layer runs its factors in the order of its spec's run, neighbours that the run merges as one factor. Between two
+stages the data have the dimensions `(N, C digits of the factors to come, F digits of those done, ranks, *positions)`,
+the ranks being those that a factor done shares with one to come. A stage is one grouped convolution: it sums over its
+own C digit and over the ranks that no later stage needs, inside of each group; ranks that it has and that others need
+still are its groups; ranks that it is the first to have become out channels beside its F digit; all else is batch. Its
+taps lie as far apart as the factors of less significance are wide, done or not. The kernel is never formed, unless the
+run merges all factors.
 
 The groups of a grouped layer are the most significant digit of its out channels: they belong to the first factor, whose
 stage has as many more groups; all other stages do the same to every group, as to more examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -18,7 +20,7 @@ from kronsearch.errors import SpecError
 from kronsearch.sekron.shapes import holds_groups
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["Geometry", "Stage", "count_macs", "dense_macs", "plan_stages"]
+__all__ = ["Geometry", "Stage", "count_macs", "dense_macs", "plan_stages", "stage_outputs"]
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,17 @@ class Stage:
     """One grouped convolution of a factorised layer.
 
     Args:
-        factor: the index of the factor that is its weight.
-        batch: by how much the stage's batch exceeds the number of examples: C_1…C_{k-1} · F_{k+1}…F_S, and the layer's
-            groups for all factors but the first.
-        groups: for the first factor the layer's; for later ones in a tree R_1…R_{k-1}, otherwise 1.
-        group_in: in channels of each group, R_k · C_k.
-        group_out: out channels of each group: F_k, in a chain R_{k-1} · F_k; for the last factor none of its sums is
-            done yet, and the ranks in front are those of its own.
-        extent: the factor's spatial extent.
+        factors: the indices of the factors that are its weight, more than one where they are merged.
+        batch: by how much the stage's batch exceeds the number of examples: C digits to come, F digits done, ranks that
+            its factors don't have, and the layer's groups for all stages but the first factor's.
+        groups: ranks that its factors and factors to come have, and those done; for the first factor the layer's too.
+        group_in: in channels of each group: the C digit, and the ranks that no factor to come has.
+        group_out: out channels of each group: the F digit, and the ranks that no factor done has.
+        extent: the factors' spatial extent.
         geometry: the stage's own stride, dilation and padding.
     """
 
-    factor: int
+    factors: tuple[int, ...]
     batch: int
     groups: int
     group_in: int
@@ -71,9 +72,19 @@ class Stage:
     extent: tuple[int, ...]
     geometry: Geometry
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a convolution that does the same at every position, and nothing between them."""
+        still = all(n == 1 for n in (*self.extent, *self.geometry.stride)) and not any(map(sum, self.geometry.padding))
+        return still and bool(self.extent)
+
+    def outputs(self, output_size: Sequence[int]) -> int:
+        """Return the number of its outputs for one example with this many output positions on each axis."""
+        return self.batch * prod(output_size) * self.groups * self.group_out
+
     def macs(self, output_size: Sequence[int]) -> int:
         """Return the multiply-accumulates for one example with this many output positions on each axis."""
-        return self.batch * prod(output_size) * self.groups * self.group_in * self.group_out * prod(self.extent)
+        return self.outputs(output_size) * self.group_in * prod(self.extent)
 
 
 def plan_stages(spec: SeKronSpec, geometry: Geometry) -> tuple[Stage, ...]:
@@ -86,67 +97,98 @@ def plan_stages(spec: SeKronSpec, geometry: Geometry) -> tuple[Stage, ...]:
     Raises:
         SpecError: the first factor's out channels are not a multiple of the layer's groups.
     """
-    shapes, ranks, last = spec.factor_shapes, spec.ranks, spec.sequence_length - 1
-    if not holds_groups(shapes, geometry.groups):
+    if not holds_groups(spec.factor_shapes, geometry.groups):
         raise SpecError(
-            f"the first factor of {spec} has {shapes[0][0]} out channels, which a layer of {geometry.groups} groups "
-            "can't divide: its groups are the most significant digit of the out channels"
+            f"the first factor of {spec} has {spec.factor_shapes[0][0]} out channels, which a layer of "
+            f"{geometry.groups} groups can't divide: its groups are the most significant digit of the out channels"
         )
-    order = range(last, -1, -1)
-    axes = range(len(geometry.stride))
-    padding_at, stride_at = [], []
-    for axis in axes:
-        wide = [k for k in order if shapes[k][2 + axis] > 1] or [last]
-        padding_at.append(wide[0])
-        stride_at.append(wide[-1])
+    done: tuple[int, ...] = ()
     stages = []
-    for k in order:
-        out_channels, in_channels, *extent = shapes[k]
-        later = shapes[k + 1 :]
-        before = prod(spec.rank_shape(k)[:-1] if k < last else spec.rank_shape(k))  # the ranks that the stage leaves
-        split = k < last and spec.coupling == "tree"  # in a tree an earlier rank's data meet that rank's factor only
-        own_groups = geometry.groups if k == 0 else 1
-        stages.append(
-            Stage(
-                factor=k,
-                batch=(1 if k == 0 else geometry.groups)
-                * prod(shape[1] for shape in shapes[:k])
-                * prod(shape[0] for shape in later),
-                groups=own_groups * (before if split else 1),
-                group_in=in_channels if k == last else ranks[k] * in_channels,
-                group_out=(1 if split else before) * out_channels // own_groups,
-                extent=tuple(extent),
-                geometry=Geometry(
-                    stride=tuple(geometry.stride[a] if stride_at[a] == k else 1 for a in axes),
-                    dilation=tuple(geometry.dilation[a] * prod(shape[2 + a] for shape in later) for a in axes),
-                    padding=tuple(
-                        geometry.padding[a] if padding_at[a] == k and not geometry.padded_first else (0, 0)
-                        for a in axes
-                    ),
-                ),
-            )
-        )
+    for group in spec.order:
+        stages.append(_stage(spec, geometry, done, group))
+        done += group
     return tuple(stages)
 
 
-def count_macs(spec: SeKronSpec, geometry: Geometry, input_size: Sequence[int]) -> int:
-    """Return the multiply-accumulates of a factorised layer for one example.
+def _stage(spec: SeKronSpec, geometry: Geometry, done: tuple[int, ...], group: tuple[int, ...]) -> Stage:
+    """Return the stage of a group of factors, these others being done."""
+    shapes = spec.factor_shapes
+    to_come = [k for k in range(spec.sequence_length) if k not in done and k not in group]
+    before, own, after = (set(spec.held(those)) for those in (done, group, (*done, *group)))
+    in_channels, out_channels = (prod(shapes[k][mode] for k in group) for mode in (1, 0))
+    own_groups = geometry.groups if 0 in group else 1
+
+    def size(ranks: Collection[int]) -> int:
+        return prod(spec.ranks[i] for i in ranks)
+
+    return Stage(
+        factors=group,
+        batch=(geometry.groups if 0 in to_come else 1)
+        * prod(shapes[k][1] for k in to_come)
+        * prod(shapes[k][0] for k in done)
+        * size(before - own),
+        groups=own_groups * size(before & own & after),
+        group_in=in_channels * size((before & own) - after),
+        group_out=out_channels // own_groups * size(own - before),
+        extent=_extent(spec, group),
+        geometry=_stage_geometry(spec, geometry, done, group, to_come),
+    )
+
+
+def _stage_geometry(
+    spec: SeKronSpec, geometry: Geometry, done: Sequence[int], group: Sequence[int], to_come: Sequence[int]
+) -> Geometry:
+    stride, padding = [], []
+    wide_before, wide, wide_after = ([n > 1 for n in _extent(spec, those)] for those in (done, group, to_come))
+    for axis in range(len(geometry.stride)):
+        nowhere = not (done or wide[axis] or wide_after[axis])
+        pads = nowhere or (wide[axis] and not wide_before[axis])
+        steps = nowhere or (wide[axis] and not wide_after[axis])
+        padding.append(geometry.padding[axis] if pads and not geometry.padded_first else (0, 0))
+        stride.append(geometry.stride[axis] if steps else 1)
+    behind = _extent(spec, range(group[-1] + 1, spec.sequence_length))
+    return Geometry(
+        stride=tuple(stride),
+        dilation=tuple(d * n for d, n in zip(geometry.dilation, behind, strict=True)),
+        padding=tuple(padding),
+    )
+
+
+def _extent(spec: SeKronSpec, factors: Collection[int]) -> tuple[int, ...]:
+    """Return the spatial extent of some factors together."""
+    return tuple(prod(spec.factor_shapes[k][mode] for k in factors) for mode in range(2, len(spec.factor_shapes[0])))
+
+
+def stage_outputs(
+    stages: Sequence[Stage], geometry: Geometry, input_size: Sequence[int]
+) -> Iterator[tuple[Stage, tuple[int, ...]]]:
+    """Yield the stages of a layer, each with its number of output positions on each axis.
 
     Args:
-        spec: sequence and ranks.
+        stages: of the layer.
         geometry: of the layer.
         input_size: the input's extent on each spatial axis; for a linear layer (tokens,), its positions.
     """
-    if not geometry.stride:
-        return prod(input_size) * sum(stage.macs(()) for stage in plan_stages(spec, geometry))
     size = tuple(input_size)
     if geometry.padded_first:
         size = tuple(n + sum(pad) for n, pad in zip(size, geometry.padding, strict=True))
-    total = 0
-    for stage in plan_stages(spec, geometry):
-        size = stage.geometry.output_size(size, stage.extent)
-        total += stage.macs(size)
-    return total
+    for stage in stages:
+        if geometry.stride:
+            size = stage.geometry.output_size(size, stage.extent)
+        yield stage, size
+
+
+def count_macs(spec: SeKronSpec, geometry: Geometry, input_size: Sequence[int]) -> int:
+    """Return the multiply-accumulates of a factorised layer for one example, as the spec's run has them.
+
+    What it takes to merge factors is none of an example's, and not counted.
+
+    Args:
+        spec: sequence, ranks and run.
+        geometry: of the layer.
+        input_size: the input's extent on each spatial axis; for a linear layer (tokens,), its positions.
+    """
+    return sum(stage.macs(size) for stage, size in stage_outputs(plan_stages(spec, geometry), geometry, input_size))
 
 
 def dense_macs(kernel_shape: Sequence[int], geometry: Geometry, input_size: Sequence[int]) -> int:

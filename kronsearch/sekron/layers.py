@@ -11,20 +11,28 @@ from torch.nn import functional as F
 from kronsearch.errors import SpecError
 from kronsearch.sekron.decomposition import decompose
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages
+from kronsearch.sekron.layout import Move, plan_layout
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tensors import reconstruct
+from kronsearch.sekron.tensors import merge, reconstruct
 
-__all__ = ["Conv", "SeKronLayer", "SeKronLinear", "moved", "to_dense"]
+__all__ = ["Conv", "SeKronLayer", "SeKronLinear", "to_dense"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def moved(data: Tensor, sizes: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """View data as `sizes`, put the dimensions into `order`, view as `shape`; copies only where something moves."""
-    wide = [dim for dim in order if sizes[dim] != 1]
-    if wide != sorted(wide):
-        data = data.reshape(tuple(sizes)).permute(tuple(order))
+def moved(
+    data: Tensor, digits: Move, shape: Sequence[int], lead: Sequence[int], tail: Sequence[int]
+) -> Tensor:
+    """View data as `(*lead, *digits, *tail)`, put the digits into their order, view as `shape`.
+
+    It copies only where something moves.
+    """
+    sizes, order = digits
+    if list(order) != sorted(order):
+        start, end = len(lead), len(lead) + len(sizes)
+        dims = (*range(start), *(start + digit for digit in order), *range(end, end + len(tail)))
+        data = data.reshape((*lead, *sizes, *tail)).permute(dims)
     return data.reshape(tuple(shape))
 
 
@@ -54,6 +62,7 @@ class SeKronLayer(nn.Module):
         super().__init__()
         self.spec, self.geometry = spec, geometry
         self.stages = plan_stages(spec, geometry)
+        self._layout = plan_layout(spec, geometry, self.stages)
         self.factors = nn.ParameterList(torch.zeros(shape, dtype=dtype, device=device) for shape in spec.tensor_shapes)
         zeros = torch.zeros(spec.kernel_shape[0], dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
@@ -83,59 +92,25 @@ class SeKronLayer(nn.Module):
 
     def run(self, data: Tensor) -> Tensor:
         """Run all stages on data (examples, in channels, *positions), and add the bias."""
-        examples = len(data)
-        first, *others = self.stages
-        later = self.spec.factor_shapes[-1][0]  # F_{k+1}…F_S, the out channels that are done
-        data = data.reshape(examples * first.batch, first.groups * first.group_in, *data.shape[2:])
-        data = self._stage(first, data, self._weight(first), None if others else self.bias)
-        for stage in others:
-            last = stage is others[-1]
-            data = self._follow(stage, data, examples, later, self.bias if last and later == 1 else None)
-            later *= self.spec.factor_shapes[stage.factor][0]
-        if self.bias is not None and others and later != self.spec.factor_shapes[0][0]:
-            data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 2))  # the dtype is autocast's
+        examples, positions, out_channels = len(data), data.shape[2:], self.spec.kernel_shape[0]
+        last = self.stages[-1]
+        biased = last.groups * last.group_out == out_channels  # the last stage can add the bias
+        for stage, view in zip(self.stages, self._layout.views, strict=True):
+            channels = stage.groups * stage.group_in
+            longer = positions if view.back == 1 else (view.back * positions[0], *positions[1:])
+            data = moved(data, view.data, (examples * view.front, channels, *longer), (examples,), positions)
+            bias = self.bias if biased and stage is last else None
+            data = self._stage(stage, data, self._weight(stage, view.weight), bias)
+            positions = data.shape[2:] if view.back == 1 else positions
+        data = moved(data, self._layout.outputs, (examples, out_channels, *positions), (examples,), positions)
+        if self.bias is not None and not biased:
+            data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * len(positions))  # the dtype is autocast's
         return data
 
-    def _follow(self, stage: Stage, data: Tensor, examples: int, later: int, bias: Tensor | None) -> Tensor:
-        """Run a stage on (examples · batch · C_k, ranks · later, *positions), where `later` stands for F_{k+1}…F_S.
-
-        Returns:
-            (examples · batch, the ranks that are left · F_k · later, *positions).
-        """
-        outer, positions = stage.batch // later, data.shape[2:]
-        rank = self.spec.ranks[stage.factor]
-        in_channels = stage.group_in // rank
-        if outer == stage.groups == 1 and later > 1 and self._is_pointwise(stage):
-            # a 1×1 stage doesn't care which positions it sees: the done channels go there, and nothing is moved
-            data = data.reshape(examples, stage.group_in, later * positions[0], *positions[1:])
-            data = self._stage(stage, data, self._weight(stage), bias)
-            return data.reshape(examples, stage.group_out * later, *positions)
-        # the layer's groups lie outside of the stage's in channels, the earlier ranks inside
-        own = self.geometry.groups if stage.factor == 0 else 1
-        sizes = (examples, outer, own, in_channels, stage.groups // own, rank, later, *positions)
-        shape = (examples * outer * later, stage.groups * stage.group_in, *positions)
-        data = moved(data, sizes, (0, 1, 6, 2, 4, 3, 5, *range(7, len(sizes))), shape)
-        data = self._stage(stage, data, self._weight(stage), bias)
-        positions = data.shape[2:]
-        channels = stage.groups * stage.group_out
-        sizes = (examples * outer, later, channels, *positions)
-        return moved(data, sizes, (0, 2, 1, *range(3, len(sizes))), (examples * outer, channels * later, *positions))
-
-    @staticmethod
-    def _is_pointwise(stage: Stage) -> bool:
-        geometry = stage.geometry
-        alone = all(n == 1 for n in (*stage.extent, *geometry.stride)) and not any(map(sum, geometry.padding))
-        return alone and bool(stage.extent)
-
-    def _weight(self, stage: Stage) -> Tensor:
-        """View a factor as the weight (groups · group_out, group_in, *extent) of its stage."""
-        factor: Tensor = self.factors[stage.factor]
-        out_channels, in_channels, *extent = self.spec.factor_shapes[stage.factor]
-        if stage.factor < self.spec.sequence_length - 1:
-            rank = self.spec.ranks[stage.factor]
-            factor = factor.reshape(-1, rank, out_channels, in_channels, *extent)
-            factor = factor.permute(0, 2, 3, 1, *range(4, factor.ndim))
-        return factor.reshape(stage.groups * stage.group_out, stage.group_in, *extent)
+    def _weight(self, stage: Stage, digits: Move) -> Tensor:
+        """View the factors of a stage as its weight (groups · group_out, group_in, *extent)."""
+        shape = (stage.groups * stage.group_out, stage.group_in, *stage.extent)
+        return moved(merge(tuple(self.factors), self.spec, stage.factors), digits, shape, (), stage.extent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Module.to(memory_format=channels_last) takes a factor of five dimensions for an image, and fails on it

@@ -1,6 +1,6 @@
 """`SeKronSpec`: the sequence of factor shapes and the ranks of one layer. Ints only."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -8,9 +8,10 @@ from typing import Literal
 from kronsearch.errors import SpecError
 from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
-__all__ = ["Coupling", "SeKronSpec"]
+__all__ = ["Coupling", "Run", "SeKronSpec"]
 
 Coupling = Literal["tree", "chain"]
+Run = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,19 @@ class SeKronSpec:
             their entrywise product is the kernel's shape.
         ranks: (R_1, …, R_{S-1}), the extents of the sums.
         coupling: "tree" or "chain".
+        run: groups of neighbouring factors (from 0) in the order in which a layer runs them; those of a group are
+            merged into one factor beforehand. () is last to first, one by one. It changes what a layer costs, not what
+            it computes.
 
     Raises:
-        SpecError: shapes of different lengths, entries that are not positive ints, a wrong number of ranks, or ranks
-            above what any kernel of that shape can need.
+        SpecError: shapes of different lengths, entries that are not positive ints, a wrong number of ranks, ranks
+            above what any kernel of that shape can need, or a run that is not of these factors.
     """
 
     factor_shapes: FactorShapes
     ranks: tuple[int, ...] = ()
     coupling: Coupling = "tree"
+    run: Run = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor_shapes", tuple(map(tuple, self.factor_shapes)))
@@ -61,6 +66,20 @@ class SeKronSpec:
                     raise SpecError(f"rank {rank} of {shapes} is above {limit}, where the sum is exact already")
         if self.coupling == "tree" and prod(ranks) > (limit := prod(self.kernel_shape)):
             raise SpecError(f"ranks {ranks} have more terms than the kernel of {shapes} has entries ({limit})")
+        self._check_run()
+
+    def _check_run(self) -> None:
+        run, length = tuple(map(tuple, self.run)), self.sequence_length
+        named = [k for group in run for k in group]
+        if run and not (
+            all(type(k) is int for k in named)
+            and sorted(named) == list(range(length))
+            and all(group and group == tuple(range(group[0], group[-1] + 1)) for group in run)
+        ):
+            raise SpecError(
+                f"a run of {length} factors names each of 0 … {length - 1} once, in groups of neighbours, not {run}"
+            )
+        object.__setattr__(self, "run", () if run == one_by_one(length) else run)
 
     @property
     def sequence_length(self) -> int:
@@ -76,6 +95,23 @@ class SeKronSpec:
     def structure(self) -> Structure:
         """The kind of structure of the sequence."""
         return structure_of(self.factor_shapes)
+
+    @property
+    def order(self) -> Run:
+        """The groups of factors in the order in which they run."""
+        return self.run or one_by_one(self.sequence_length)
+
+    def held(self, factors: Collection[int]) -> tuple[int, ...]:
+        """Return which ranks (from 0) have an index that some of these factors, and some of the others, have.
+
+        One factor has no other indices. Of several they are what is left when the sums within them are done.
+        """
+        others = set(range(self.sequence_length)).difference(factors)
+        if not factors or not others:
+            return ()
+        if self.coupling == "tree":  # r_{i+1} is an index of factor i and of all behind it
+            return tuple(range(min(max(factors), max(others)) + 1))
+        return tuple(i for i in range(self.sequence_length - 1) if (i in others) != (i + 1 in others))
 
     def rank_shape(self, k: int) -> tuple[int, ...]:
         """Return the rank indices of factor k (from 0): (R_1, …, R_min(k+1, S-1)); of a chain the last two of them.
@@ -94,6 +130,10 @@ class SeKronSpec:
         """The number of entries of all factors together."""
         return sum(map(prod, self.tensor_shapes))
 
+    def merged_params(self, group: Sequence[int]) -> int:
+        """Return the number of entries of the one factor that neighbouring ones are merged into."""
+        return prod(self.ranks[i] for i in self.held(group)) * prod(prod(self.factor_shapes[k]) for k in group)
+
     def check_kernel(self, kernel_shape: Sequence[int]) -> None:
         """Raise `SpecError` unless the factors multiply to this kernel shape."""
         if tuple(kernel_shape) != self.kernel_shape:
@@ -106,4 +146,10 @@ class SeKronSpec:
         """Write the spec on one short line, such as `16·1·1·3 ⊗ 1·16·3·1, R 5`."""
         shapes = " ⊗ ".join("·".join(map(str, shape)) for shape in self.factor_shapes)
         chain = " chain" if self.coupling == "chain" else ""
-        return f"{shapes}, R {','.join(map(str, self.ranks))}{chain}" if self.ranks else shapes
+        run = f", run {','.join('+'.join(map(str, group)) for group in self.run)}" if self.run else ""
+        return f"{shapes}, R {','.join(map(str, self.ranks))}{chain}{run}" if self.ranks else shapes
+
+
+def one_by_one(length: int) -> Run:
+    """Return the run of this many factors, last to first, none merged."""
+    return tuple((k,) for k in reversed(range(length)))

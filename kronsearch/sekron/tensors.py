@@ -7,6 +7,7 @@ of terms here holds for trees; chains have a page of their own.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
 
 import torch
@@ -17,7 +18,7 @@ from kronsearch.sekron.chain import balance_chain, contract_chain
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["balance", "balanced_factors", "fold_kernel", "leaves", "reconstruct", "unfold_kernel"]
+__all__ = ["balance", "balanced_factors", "fold_kernel", "leaves", "merge", "reconstruct", "unfold_kernel"]
 
 
 def unfold_kernel(kernel: Tensor, factor_shapes: FactorShapes) -> Tensor:
@@ -76,6 +77,30 @@ def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
     """
     join = contract if spec.coupling == "tree" else contract_chain
     return fold_kernel(join(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+
+
+def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> Tensor:
+    """Return the one factor that stands for neighbouring ones, (the ranks it shares with others, *its factor shape).
+
+    Differentiable. It takes elementwise operations only, which no counter of MACs takes for an example's work.
+    """
+    last = group[-1]
+    merged, held = factors[last], spec.held((last,))
+    for k in reversed(group[:-1]):
+        own, together = spec.held((k,)), spec.held(range(k, last + 1))
+        ranks = sorted({*own, *held})
+        left, right = factors[k], merged
+        shapes = left.shape[len(own) :], right.shape[len(held) :]
+        left = left.reshape([spec.ranks[i] if i in own else 1 for i in ranks] + [m for n in shapes[0] for m in (n, 1)])
+        right = right.reshape([spec.ranks[i] if i in held else 1 for i in ranks] + [m for n in shapes[1] for m in (1, n)])
+        if k in together:
+            merged = left * right
+        else:  # no other factor has the index that is summed between the two
+            terms = zip(left.unbind(ranks.index(k)), right.unbind(ranks.index(k)), strict=True)
+            merged = reduce(lambda total, term: torch.addcmul(total, *term), terms, left.new_zeros(()))
+        held = together
+        merged = merged.reshape([spec.ranks[i] for i in held] + [n * m for n, m in zip(*shapes, strict=True)])
+    return merged
 
 
 def balanced_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ...]:

@@ -95,6 +95,9 @@ def test_other_weights_settings_or_spaces_are_computed_anew(
         lambda t: t.update(sequence=t["sequence"] + 10_000),
         lambda t: t.update(shapes=t["shapes"] * 2),
         lambda t: t.update(lengths=t["lengths"][:-1]),
+        lambda t: t.update(lengths=torch.cat([t["lengths"], torch.tensor([0])])),
+        lambda t: t.pop("stages"),
+        lambda t: t.update(stages=t["stages"][:-1]),
     ],
 )
 def test_tables_that_do_not_hold_together_are_not_taken(digits_model, digits_cost, names, tmp_path, change):

@@ -110,9 +110,9 @@ def test_padding_beforehand_is_seen_by_every_stage():
 def test_a_stage_by_stage_plan():
     spec = SeKronSpec(((F, 1, KH, 1), (1, C, 1, KW)), (7,))
     first, second = plan_stages(spec, geometry_of(stride=(2, 3), dilation=(1, 2), padding=(1, 4)))
-    assert (first.factor, first.batch, first.groups, first.group_in, first.group_out) == (1, 1, 1, C, 7)
+    assert (first.factors, first.batch, first.groups, first.group_in, first.group_out) == ((1,), 1, 1, C, 7)
     assert (first.extent, first.geometry) == ((1, KW), Geometry((1, 3), (1, 2), ((0, 0), (4, 4))))
-    assert (second.factor, second.batch, second.groups, second.group_in, second.group_out) == (0, 1, 1, 7, F)
+    assert (second.factors, second.batch, second.groups, second.group_in, second.group_out) == ((0,), 1, 1, 7, F)
     assert (second.extent, second.geometry) == ((KH, 1), Geometry((2, 1), (1, 2 * KW), ((1, 1), (0, 0))))
 
 
@@ -214,7 +214,7 @@ def test_random_specs_keep_the_output_size_and_the_params(data, draw_spec):
     )
     assert geometry.output_size(size, extent) == positions
     stages = plan_stages(spec, geometry)
-    assert [stage.factor for stage in stages] == list(reversed(range(spec.sequence_length)))
+    assert [stage.factors for stage in stages] == [(k,) for k in reversed(range(spec.sequence_length))]
     here = size
     if geometry.padded_first:
         here = tuple(n + sum(p) for n, p in zip(size, padding, strict=True))

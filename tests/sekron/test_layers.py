@@ -7,8 +7,9 @@ import copy
 import io
 import math
 import warnings
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -251,6 +252,29 @@ class TestConvGrid(ConvCases, LayerConformance):
     )
 
 
+def every_run(spec: SeKronSpec) -> Iterator[SeKronSpec]:
+    """Yield the spec with each division of its factors into neighbours, in each order."""
+    for divided in product((False, True), repeat=spec.sequence_length - 1):
+        groups = [[0]]
+        for k, new in enumerate(divided, start=1):
+            groups.append([k]) if new else groups[-1].append(k)
+        for run in permutations(map(tuple, groups)):
+            yield replace(spec, run=run)
+
+
+def test_every_run_is_one():
+    counts = [len({spec.run for spec in every_run(SeKronSpec(((1, 1),) * n, (1,) * (n - 1)))}) for n in range(1, 5)]
+    assert counts == [1, 3, 11, 49]
+
+
+class TestConvRuns(ConvCases, LayerConformance):
+    CASES = tuple(
+        conv_case(spec, CONV_OPTIONS[(5 * i + j) % len(CONV_OPTIONS)], bias=j % 2 == 0)
+        for i, spec in enumerate(CONV_SPECS)
+        for j, spec in enumerate(every_run(spec))
+    )
+
+
 GROUPED_SPECS = (
     SeKronSpec(((12, 2, 3, 3),)),
     SeKronSpec(((12, 1, 3, 1), (1, 2, 1, 3)), (2,)),
@@ -276,6 +300,14 @@ class TestGroupedConvGrid(ConvCases, LayerConformance):
         ),
         conv_case(SeKronSpec(((6, 1, 3, 1), (1, 1, 1, 3)), (2,)), {"groups": 6, "padding": 1}, bias=True),
         conv_case(SeKronSpec(((12, 1, 1, 3), (1, 1, 3, 1)), (3,)), {"groups": 6, "stride": 2}, bias=False),
+    )
+
+
+class TestGroupedConvRuns(ConvCases, LayerConformance):
+    CASES = tuple(
+        conv_case(spec, GROUPED_OPTIONS[(i + j) % len(GROUPED_OPTIONS)], bias=j % 2 == 0)
+        for i, spec in enumerate(GROUPED_SPECS)
+        for j, spec in enumerate(every_run(spec))
     )
 
 
@@ -320,12 +352,21 @@ class TestConvOfOtherAxes(ConvCases, LayerConformance):
     CASES = OTHER_AXES
 
 
+class TestRunsOfOtherAxes(ConvCases, LayerConformance):
+    CASES = tuple(replace(case, spec=spec) for case in OTHER_AXES[1::2] for spec in list(every_run(case.spec))[::2])
+
+
 class TestLifeOfOtherConvs(ConvCases, LayerLife):
-    CASES = (*OTHER_AXES[4::7], *TestGroupedConvGrid.CASES[2::7])
+    CASES = (
+        *OTHER_AXES[4::7],
+        *TestGroupedConvGrid.CASES[2::7],
+        *TestConvRuns.CASES[3::29],
+        *TestGroupedConvRuns.CASES[5::17],
+    )
 
 
 class TestConvWithItsKernelFormed(ConvCases, LayerConformance):
-    CASES = (*TestConvGrid.CASES[::3], *TestGroupedConvGrid.CASES[::3], *OTHER_AXES[::3])
+    CASES = (*TestConvGrid.CASES[::3], *TestGroupedConvGrid.CASES[::3], *OTHER_AXES[::3], *TestConvRuns.CASES[::19])
 
     def run(self, layer: nn.Module, data: Tensor) -> Tensor:
         with kernels_formed(nn.Sequential(layer)):
@@ -360,7 +401,18 @@ class TestConvLife(ConvCases, LayerLife):
             self.create(case)(draw((2, case.spec.kernel_shape[1] + 1, 9, 11)))
 
 
-class TestLinear(LayerLife):
+class LinearCases:
+    def dense(self, case: Case) -> nn.Linear:
+        out_features, in_features = case.spec.kernel_shape
+        return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=case.bias, dtype=torch.float64)
+
+    def create(self, case: Case) -> SeKronLinear:
+        layer = SeKronLinear(case.spec, bias=case.bias, dtype=torch.float64)
+        randomise(layer)
+        return layer
+
+
+class TestLinear(LinearCases, LayerLife):
     CASES = tuple(
         Case(spec, shape, bias)
         for spec, shape, bias in (
@@ -373,17 +425,10 @@ class TestLinear(LayerLife):
             (SeKronSpec(((1, 2), (3, 2), (2, 2)), (2, 2)), (2, 3, 8), True),
             (SeKronSpec(((3, 1), (2, 2), (1, 4)), (3, 2)), (3, 8), False),
             (SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2)), (3, 2, 8), True),
+            (SeKronSpec(((2, 2), (3, 2), (1, 2)), (2, 3), run=((1,), (2,), (0,))), (3, 8), True),
+            (SeKronSpec(((3, 2), (2, 4)), (4,), run=((0, 1),)), (3, 5, 8), True),
         )
     )
-
-    def dense(self, case: Case) -> nn.Linear:
-        out_features, in_features = case.spec.kernel_shape
-        return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=case.bias, dtype=torch.float64)
-
-    def create(self, case: Case) -> SeKronLinear:
-        layer = SeKronLinear(case.spec, bias=case.bias, dtype=torch.float64)
-        randomise(layer)
-        return layer
 
     def test_leading_dimensions(self, case):
         layer = self.create(case)
@@ -395,10 +440,26 @@ class TestLinear(LayerLife):
         close(layer(rows.reshape(3, 4, 8).transpose(0, 1)), expected.reshape(3, 4, 6).transpose(0, 1), EXACT)
 
 
+class TestLinearRuns(LinearCases, LayerConformance):
+    CASES = tuple(
+        Case(spec, (2, 3, 8), j % 2 == 0)
+        for spec in (
+            SeKronSpec(((2, 4), (3, 2)), (4,)),
+            SeKronSpec(((2, 2), (3, 2), (1, 2)), (2, 3)),
+            SeKronSpec(((3, 1), (2, 2), (1, 4)), (3, 2)),
+            SeKronSpec(((3, 1), (2, 2), (1, 4)), (3, 2), "chain"),
+            SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2)),
+            SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (3, 3, 2), "chain"),
+        )
+        for j, spec in enumerate(every_run(spec))
+    )
+
+
 @given(data=st.data(), seed=st.integers(0, 2**16))
 @settings(deadline=None, max_examples=60)
 def test_random_convolutions(data, seed, draw_spec, indexed_kernel):
     spec = draw_spec(data.draw, entries=150, couplings=("tree", "chain"))
+    spec = data.draw(st.sampled_from(list(every_run(spec))))
     extent = spec.kernel_shape[2:]
     mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
@@ -422,6 +483,7 @@ def test_random_convolutions(data, seed, draw_spec, indexed_kernel):
 @settings(deadline=None, max_examples=40)
 def test_random_linear_layers(data, seed, draw_spec, indexed_kernel):
     spec = draw_spec(data.draw, modes=2, couplings=("tree", "chain"))
+    spec = data.draw(st.sampled_from(list(every_run(spec))))
     cases = TestLinear()
     leading = data.draw(st.lists(st.integers(1, 3), max_size=3))
     case = Case(spec, (*leading, spec.kernel_shape[1]), data.draw(st.booleans()))

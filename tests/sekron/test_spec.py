@@ -84,7 +84,54 @@ def test_a_kernel_of_another_shape_is_refused():
         spec.check_kernel((8, 16, 3, 3))
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        ((0,), (1,)),
+        ((0, 1),),
+        ((0,), (1,), (2,), (3,)),
+        ((0,), (0,), (1,), (2,)),
+        ((0,), (1,), (-1,)),
+        ((0, 2), (1,)),
+        ((1, 0), (2,)),
+        ((0, 1, 2), ()),
+        ((0,), (True,), (2,)),
+        ((0,), (1.0,), (2,)),
+        ((0,), ("1",), (2,)),
+    ],
+)
+def test_runs_of_other_factors_are_refused(run):
+    with pytest.raises(SpecError, match=r"a run of 3 factors names each of 0 … 2 once, in groups of neighbours") as caught:
+        SeKronSpec(CP, (5, 2), run=run)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_run_goes_without_saying():
+    spec = SeKronSpec(CP, (5, 2), run=[[2], [1], [0]])
+    assert spec == SeKronSpec(CP, (5, 2))
+    assert hash(spec) == hash(SeKronSpec(CP, (5, 2)))
+    assert (spec.run, spec.order) == ((), ((2,), (1,), (0,)))
+    other = SeKronSpec(CP, (5, 2), run=[[1, 2], [0]])
+    assert other != spec
+    assert other.run == other.order == ((1, 2), (0,))
+    assert (other.params, other.tensor_shapes) == (spec.params, spec.tensor_shapes)
+    assert dataclasses.replace(other, ranks=(4, 1)).run == other.run
+
+
+def test_ranks_that_merged_factors_share_with_others():
+    shapes = ((2, 2), (3, 1), (1, 2), (2, 2))
+    tree, chain = SeKronSpec(shapes, (2, 3, 4)), SeKronSpec(shapes, (2, 3, 4), "chain")
+    for spec in (tree, chain):
+        assert [tuple(spec.ranks[i] for i in spec.held((k,))) for k in range(4)] == [spec.rank_shape(k) for k in range(4)]
+        assert spec.held(()) == spec.held(range(4)) == ()
+    assert [tree.held(group) for group in ((0, 1), (1, 2), (2, 3), (1, 2, 3))] == [(0, 1), (0, 1, 2), (0, 1), (0,)]
+    assert [chain.held(group) for group in ((0, 1), (1, 2), (2, 3), (1, 2, 3))] == [(1,), (0, 2), (1,), (0,)]
+    assert tree.merged_params((1, 2)) == 2 * 3 * 4 * (3 * 1) * (1 * 2)
+    assert chain.merged_params((1, 2)) == 2 * 4 * (3 * 1) * (1 * 2)
+
+
 def test_written_on_a_short_line():
+    assert str(SeKronSpec(CP, (5, 2), run=((0,), (1, 2)))) == "16·1·1·1 ⊗ 1·1·3·3 ⊗ 1·8·1·1, R 5,2, run 0,1+2"
     assert str(SeKronSpec(SPATIAL, (5,))) == "16·1·3·1 ⊗ 1·8·1·3, R 5"
     assert str(SeKronSpec(CP, (5, 2))) == "16·1·1·1 ⊗ 1·1·3·3 ⊗ 1·8·1·1, R 5,2"
     assert str(SeKronSpec(((16, 8),))) == "16·8"
