@@ -71,9 +71,9 @@ class Candidates:
         """
         if self.rank[index] == 0:
             return None
-        unit = self.sequences[self.sequence[index]]
+        unit = self.sequences[int(self.sequence[index])]
         merged = (tuple(range(unit.sequence_length)),)
-        run = merged if self.macs[index] >= self.macs[0] else unit.run
+        run = merged if bool(self.macs[index] >= self.macs[0]) else unit.run
         return replace(unit, ranks=(int(self.rank[index]), *unit.ranks[1:]), run=run)
 
     def structures(self) -> NDArray[np.object_]:

@@ -138,15 +138,14 @@ def _stage(spec: SeKronSpec, geometry: Geometry, done: tuple[int, ...], group: t
 def _stage_geometry(
     spec: SeKronSpec, geometry: Geometry, done: Sequence[int], group: Sequence[int], to_come: Sequence[int]
 ) -> Geometry:
-    stride, padding = [], []
-    wide_before, wide, wide_after = ([n > 1 for n in _extent(spec, those)] for those in (done, group, to_come))
-    for axis in range(len(geometry.stride)):
-        nowhere = not (done or wide[axis] or wide_after[axis])
-        pads = nowhere or (wide[axis] and not wide_before[axis])
-        steps = nowhere or (wide[axis] and not wide_after[axis])
-        padding.append(geometry.padding[axis] if pads and not geometry.padded_first else (0, 0))
-        stride.append(geometry.stride[axis] if steps else 1)
+    before, own, after = (_extent(spec, factors) for factors in (done, group, to_come))
     behind = _extent(spec, range(group[-1] + 1, spec.sequence_length))
+    stride, padding = [], []
+    for axis, steps in enumerate(geometry.stride):
+        nowhere = not done and own[axis] == after[axis] == 1
+        pads = nowhere or own[axis] > 1 == before[axis]
+        padding.append(geometry.padding[axis] if pads and not geometry.padded_first else (0, 0))
+        stride.append(steps if nowhere or own[axis] > 1 == after[axis] else 1)
     return Geometry(
         stride=tuple(stride),
         dilation=tuple(d * n for d, n in zip(geometry.dilation, behind, strict=True)),

@@ -21,9 +21,7 @@ __all__ = ["Conv", "SeKronLayer", "SeKronLinear", "to_dense"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def moved(
-    data: Tensor, digits: Move, shape: Sequence[int], lead: Sequence[int], tail: Sequence[int]
-) -> Tensor:
+def moved(data: Tensor, digits: Move, shape: Sequence[int], lead: Sequence[int], tail: Sequence[int]) -> Tensor:
     """View data as `(*lead, *digits, *tail)`, put the digits into their order, view as `shape`.
 
     It copies only where something moves.

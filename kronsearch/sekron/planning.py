@@ -1,14 +1,15 @@
-"""Which run of a factorised layer costs the fewest MACs: an order of its factors, and which of them to merge. Ints only.
+"""Which run of a factorised layer costs the fewest MACs: the order of its factors, and what to merge. Ints only.
 
-Parameters and kernel are the same whatever the run, but costs differ by orders of magnitude: a factor with more out
-than in channels had better run late, one with a stride early, and a rank is worth a merger where it is wider than what
-it couples.
+Parameters and kernel are the same whatever the run, but costs can differ by orders of magnitude: a factor with more out
+than in channels had better run late, one with a stride early, and factors whose common rank is wider than what it
+couples are cheaper as one.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import combinations, pairwise, permutations
-from math import prod
+from math import inf, prod
 
 from kronsearch.sekron.execution import Geometry, plan_stages, stage_outputs
 from kronsearch.sekron.spec import Run, SeKronSpec
@@ -36,24 +37,29 @@ def plan_run(
     Raises:
         SpecError: the first factor's out channels are not a multiple of the layer's groups.
     """
-    best, fewest = spec, -1
+    return _plan(replace(spec, run=()), geometry, tuple(map(tuple, calls)), largest)
+
+
+@lru_cache(maxsize=2**14)  # networks repeat their layers
+def _plan(spec: SeKronSpec, geometry: Geometry, calls: tuple[tuple[int, ...], ...], largest: int) -> SeKronSpec:
+    best, fewest = spec, inf
     for run in _runs(spec.sequence_length):
         planned = replace(spec, run=run)
         macs = _macs_within(planned, geometry, calls, largest)
-        if macs is not None and (fewest < 0 or macs < fewest):
+        if macs < fewest:
             best, fewest = planned, macs
     return best
 
 
-def _macs_within(spec: SeKronSpec, geometry: Geometry, calls: Sequence[Sequence[int]], largest: int) -> int | None:
-    """Return the MACs of all calls together; None where a result between two stages is too large."""
+def _macs_within(spec: SeKronSpec, geometry: Geometry, calls: Sequence[Sequence[int]], largest: int) -> float:
+    """Return the MACs of all calls together, infinitely many where a result between two stages is too large."""
     stages, macs = plan_stages(spec, geometry), 0
     for call in calls:
         steps = list(stage_outputs(stages, geometry, call))
         results = [stage.outputs(size) for stage, size in steps]
         bound = largest * max(geometry.groups * spec.kernel_shape[1] * prod(call), results[-1])
         if any(entries > bound for entries in results[:-1]):
-            return None
+            return inf
         macs += sum(stage.macs(size) for stage, size in steps)
     return macs
 

@@ -6,7 +6,7 @@ tensor `T` of S modes, mode k of extent `n_k = prod(factor_shapes[k])`, and the 
 of terms here holds for trees; chains have a page of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 from math import prod
 
@@ -89,18 +89,26 @@ def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> 
     for k in reversed(group[:-1]):
         own, together = spec.held((k,)), spec.held(range(k, last + 1))
         ranks = sorted({*own, *held})
-        left, right = factors[k], merged
-        shapes = left.shape[len(own) :], right.shape[len(held) :]
-        left = left.reshape([spec.ranks[i] if i in own else 1 for i in ranks] + [m for n in shapes[0] for m in (n, 1)])
-        right = right.reshape([spec.ranks[i] if i in held else 1 for i in ranks] + [m for n in shapes[1] for m in (1, n)])
+        left, right = _aligned(factors[k], own, ranks, (0, 1)), _aligned(merged, held, ranks, (1, 0))
         if k in together:
             merged = left * right
-        else:  # no other factor has the index that is summed between the two
+        else:  # the rank between the two is no other factor's
             terms = zip(left.unbind(ranks.index(k)), right.unbind(ranks.index(k)), strict=True)
             merged = reduce(lambda total, term: torch.addcmul(total, *term), terms, left.new_zeros(()))
         held = together
-        merged = merged.reshape([spec.ranks[i] for i in held] + [n * m for n, m in zip(*shapes, strict=True)])
+        shape = map(prod, zip(*spec.factor_shapes[k : last + 1], strict=True))
+        merged = merged.reshape([*(spec.ranks[i] for i in held), *shape])
     return merged
+
+
+def _aligned(factor: Tensor, own: Collection[int], ranks: Sequence[int], places: tuple[int, int]) -> Tensor:
+    """View a factor (ranks of its own, *modes) with a dimension for all of these ranks, and two for each mode.
+
+    The mode itself is the first or the second of the two, by `places` (0, 1) or (1, 0).
+    """
+    sizes = iter(factor.shape)
+    shape = [next(sizes) if rank in own else 1 for rank in ranks]
+    return factor.reshape([*shape, *((n, 1)[place] for n in sizes for place in places)])
 
 
 def balanced_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ...]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+from itertools import permutations
 from math import prod
 
 import numpy as np
@@ -50,8 +52,23 @@ def test_every_candidate_saves_something_and_none_that_does_is_missing(layer):
     for shapes in factor_pairs((12, 8, 3, 3)):
         for rank in range(1, min(map(prod, shapes)) + 1):
             spec = ks.SeKronSpec(shapes, (rank,))
-            expected += spec.params < 864 or count_macs(spec, cost.geometry, (9, 11)) < cost.macs
+            runs = [replace(spec, run=run) for run in ((), ((0,), (1,)))]
+            expected += spec.params < 864 or min(count_macs(s, cost.geometry, (9, 11)) for s in runs) < cost.macs
     assert len(candidates) == 1 + expected
+
+
+def test_no_candidate_costs_more_macs_than_the_dense_layer(layer):
+    conv, cost = layer
+    candidates = layer_candidates(conv.weight, cost, SPACE)
+    assert candidates.macs.max() == cost.macs
+    dear = np.flatnonzero(candidates.macs == cost.macs)[1:]
+    for index in dear[::9]:
+        spec = candidates.spec(int(index))
+        assert spec.run == (tuple(range(spec.sequence_length)),)
+        assert count_macs(spec, cost.geometry, (9, 11)) == cost.macs
+        # in stages it would cost as much or more
+        staged = {replace(spec, run=run) for run in permutations((k,) for k in range(spec.sequence_length))}
+        assert min(count_macs(s, cost.geometry, (9, 11)) for s in staged) >= cost.macs
 
 
 def test_errors_of_pairs_are_those_of_real_decompositions(layer):
@@ -93,10 +110,13 @@ def test_a_layer_called_twice_costs_twice(layer):
 
     cost = ks.profile_model(Twice(), input_shape=(8, 9, 11)).layer("conv")
     units = sequences((12, 8, 3, 3), cost.geometry, cost.calls, SPACE)
-    spec = next(unit.spec for unit in units if unit.spec.factor_shapes == shapes)
-    macs = {run: sum(count_macs(replace(spec, run=run), cost.geometry, call) for call in ((9, 11), (5, 5))) for run in RUNS}
-    unit = next(u for u in sequences((12, 8, 3, 3), cost.geometry, cost.calls, SPACE) if u.spec == spec)
-    assert unit.macs == macs[spec.run] == min(macs.values())
+    unit = next(unit for unit in units if unit.spec.factor_shapes == shapes)
+    both = {
+        run: count_macs(spec, cost.geometry, (9, 11)) + count_macs(spec, cost.geometry, (5, 5))
+        for run in ((), ((0,), (1,)), ((0, 1),))
+        for spec in [ks.SeKronSpec(shapes, (1,), run=run)]
+    }
+    assert unit.macs == both[unit.spec.run] == min(both.values())
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=40))

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, count_macs, dense_macs
+from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, count_macs, dense_macs, plan_run
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.execution import plan_stages
 
@@ -33,7 +34,8 @@ def fvcore_macs(layer, data):
 
         analysis = FlopCountAnalysis(layer, data).unsupported_ops_warnings(False)
         macs = analysis.total()
-    assert set(analysis.unsupported_ops()) <= {"aten::pad", "aten::add", "aten::mul"}  # of sizes, and the bias
+    # of sizes, the bias, and merged factors
+    assert set(analysis.unsupported_ops()) <= {"aten::pad", "aten::add", "aten::mul", "aten::addcmul"}
     return macs
 
 
@@ -163,6 +165,37 @@ def test_three_counts_of_a_convolution_agree(spec, options):
         assert dense_macs(spec.kernel_shape, geometry, (9, 12)) == torch_macs(dense, data)
 
 
+@pytest.mark.parametrize("coupling", ["tree", "chain"])
+@pytest.mark.parametrize(("spec", "options"), [(spec, OPTIONS[i % 5]) for i, spec in enumerate(SPECS[1:])], ids=str)
+def test_three_counts_of_other_orders_and_of_mergers_agree(spec, options, coupling):
+    out_channels, in_channels, *extent = spec.kernel_shape
+    dense = nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, tuple(extent), **options)
+    geometry = conv_geometry(dense)
+    data, last = torch.zeros(1, in_channels, 9, 12), spec.sequence_length - 1
+    ascending = tuple((k,) for k in range(last + 1))
+    front, back, whole = tuple(range(last)), tuple(range(1, last + 1)), tuple(range(last + 1))
+    for run in (ascending, (whole,), (back, (0,)), ((last,), front)):
+        other = replace(spec, coupling=coupling, run=run)
+        layer = SeKronConv2d(other, geometry, padding_mode=dense.padding_mode)
+        assert count_macs(other, geometry, (9, 12)) == torch_macs(layer, data) == fvcore_macs(layer, data)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"), list(product((*SPECS, *(replace(s, coupling="chain") for s in SPECS[5:])), OPTIONS)), ids=str
+)
+def test_three_counts_of_planned_layers_agree(spec, options):
+    out_channels, in_channels, *extent = spec.kernel_shape
+    dense = nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, tuple(extent), **options)
+    geometry = conv_geometry(dense)
+    planned = plan_run(spec, geometry, [(9, 12)])
+    layer = SeKronConv2d(planned, geometry, padding_mode=dense.padding_mode)
+    data = torch.zeros(1, in_channels, 9, 12)
+    macs = count_macs(planned, geometry, (9, 12))
+    assert macs == torch_macs(layer, data) == fvcore_macs(layer, data)
+    assert 3 * macs == torch_macs(layer, torch.zeros(3, in_channels, 9, 12))
+    assert macs <= count_macs(spec, geometry, (9, 12))
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -171,6 +204,10 @@ def test_three_counts_of_a_convolution_agree(spec, options):
         SeKronSpec(((2, 4), (3, 2)), (4,)),
         SeKronSpec(((2, 2), (3, 2), (1, 2)), (2, 3)),
         SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2)),
+        SeKronSpec(((2, 4), (3, 2)), (4,), run=((0,), (1,))),
+        SeKronSpec(((2, 4), (3, 2)), (4,), run=((0, 1),)),
+        SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2), run=((1, 2), (3,), (0,))),
+        SeKronSpec(((2, 2), (1, 2), (3, 1), (1, 2)), (2, 2, 2), "chain", ((1,), (2, 3), (0,))),
     ],
     ids=str,
 )

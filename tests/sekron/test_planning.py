@@ -39,7 +39,8 @@ class Walk:
         self.extents = {"g": geometry.groups}
         self.labels = []
         for k, (out_channels, in_channels, *_) in enumerate(spec.factor_shapes):
-            own = {f"c{k}": in_channels, f"f{k}": out_channels // (geometry.groups if k == 0 else 1)} | ranks_of(spec, k)
+            own = {f"c{k}": in_channels, f"f{k}": out_channels // (geometry.groups if k == 0 else 1)}
+            own |= ranks_of(spec, k)
             self.extents |= own
             self.labels.append({*own, *(["g"] if k == 0 else [])})
         padded = [n + sum(p) for n, p in zip(size, geometry.padding, strict=True)]
