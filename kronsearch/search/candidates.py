@@ -28,12 +28,16 @@ _LARGEST_GRAM = 4096  # side of the Gram matrix of two factors: beyond, one sequ
 class UnitCost:
     """The cost of a sequence of factors at R_1 = 1 and other ranks 1, with the run of fewest MACs there.
 
-    Both grow in proportion to R_1, but MACs never above the dense layer's: its kernel can be formed and run instead.
+    Both grow in proportion to R_1; only the MACs of a sequence whose run merges all factors are the same at any rank.
     """
 
     spec: SeKronSpec
     macs: int
     params: int
+
+    def macs_at(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the MACs at each of these R_1."""
+        return np.full_like(ranks, self.macs) if len(self.spec.order) == 1 else ranks * self.macs
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Candidates:
         sequences: the sequences of factors, all ranks being 1, with their runs; the last is the dense kernel's.
         sequence: (count,) index of each candidate's sequence.
         rank: (count,) R_1, other ranks are 1; 0 for the dense layer.
-        macs: (count,) multiply-accumulates of the layer for one example, at most the dense layer's.
+        macs: (count,) multiply-accumulates of the layer for one example.
         params: (count,) entries of the factors.
         error: (count,) relative squared error.
     """
@@ -65,16 +69,11 @@ class Candidates:
         return len(self.rank)
 
     def spec(self, index: int) -> SeKronSpec | None:
-        """Return a candidate's spec, None for the dense layer.
-
-        One that costs as many MACs as the dense layer runs as that does, with all factors merged.
-        """
+        """Return a candidate's spec, None for the dense layer."""
         if self.rank[index] == 0:
             return None
         unit = self.sequences[int(self.sequence[index])]
-        merged = (tuple(range(unit.sequence_length)),)
-        run = merged if bool(self.macs[index] >= self.macs[0]) else unit.run
-        return replace(unit, ranks=(int(self.rank[index]), *unit.ranks[1:]), run=run)
+        return replace(unit, ranks=(int(self.rank[index]), *unit.ranks[1:]))
 
     def structures(self) -> NDArray[np.object_]:
         """Return each candidate's kind of structure, (count,)."""
@@ -133,7 +132,7 @@ def layer_candidates(
     specs = (*(unit.spec for unit, _ in found), SeKronSpec((shape,)))
     sequence = [np.full(len(table.ranks), i) for i, (_, table) in enumerate(found)]
     rank = [table.ranks[:, 0] for _, table in found]
-    macs = [np.minimum(table.ranks[:, 0] * unit.macs, dense) for unit, table in found]
+    macs = [unit.macs_at(table.ranks[:, 0]) for unit, table in found]
     params = [table.ranks[:, 0] * unit.params for unit, table in found]
     error = [table.errors for _, table in found]
     everything = Candidates(

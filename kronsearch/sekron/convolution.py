@@ -43,7 +43,7 @@ def is_uneven(geometry: Geometry) -> bool:
 
 
 class SeKronConv(SeKronLayer):
-    """A convolution whose kernel is a sum of Kronecker products; it runs without forming the kernel.
+    """A convolution whose kernel is a sum of Kronecker products; it runs as its spec says, mostly without the kernel.
 
     Args:
         spec: sequence and ranks of the kernel (out channels, in channels / groups, *extent).

@@ -1,4 +1,4 @@
-"""What all factorised layers share, and the linear one: they hold Kronecker factors, and run without the kernel."""
+"""What all factorised layers share, and the linear one: they hold Kronecker factors, and run them in stages."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -93,22 +93,23 @@ class SeKronLayer(nn.Module):
         examples, positions, out_channels = len(data), data.shape[2:], self.spec.kernel_shape[0]
         last = self.stages[-1]
         biased = last.groups * last.group_out == out_channels  # the last stage can add the bias
+        factors = tuple(self.factors)
         for stage, view in zip(self.stages, self._layout.views, strict=True):
             channels = stage.groups * stage.group_in
             longer = positions if view.back == 1 else (view.back * positions[0], *positions[1:])
             data = moved(data, view.data, (examples * view.front, channels, *longer), (examples,), positions)
             bias = self.bias if biased and stage is last else None
-            data = self._stage(stage, data, self._weight(stage, view.weight), bias)
+            data = self._stage(stage, data, self._weight(factors, stage, view.weight), bias)
             positions = data.shape[2:] if view.back == 1 else positions
         data = moved(data, self._layout.outputs, (examples, out_channels, *positions), (examples,), positions)
         if self.bias is not None and not biased:
             data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * len(positions))  # the dtype is autocast's
         return data
 
-    def _weight(self, stage: Stage, digits: Move) -> Tensor:
-        """View the factors of a stage as its weight (groups · group_out, group_in, *extent)."""
+    def _weight(self, factors: Sequence[Tensor], stage: Stage, digits: Move) -> Tensor:
+        """View the factor of a stage as its weight (groups · group_out, group_in, *extent)."""
         shape = (stage.groups * stage.group_out, stage.group_in, *stage.extent)
-        return moved(merge(tuple(self.factors), self.spec, stage.factors), digits, shape, (), stage.extent)
+        return moved(merge(factors, self.spec, stage.factors), digits, shape, (), stage.extent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Module.to(memory_format=channels_last) takes a factor of five dimensions for an image, and fails on it
@@ -127,7 +128,7 @@ class SeKronLayer(nn.Module):
 
 
 class SeKronLinear(SeKronLayer):
-    """A linear layer whose weight is a sum of Kronecker products; it runs without forming the weight.
+    """A linear layer whose weight is a sum of Kronecker products; it runs as its spec says, mostly without the weight.
 
     Args:
         spec: sequence and ranks of the weight (out features, in features).

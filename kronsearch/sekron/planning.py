@@ -22,10 +22,11 @@ _LARGEST = 16
 def plan_run(
     spec: SeKronSpec, geometry: Geometry, calls: Sequence[Sequence[int]], *, largest: int = _LARGEST
 ) -> SeKronSpec:
-    """Return the spec with the run of fewest MACs, all calls together.
+    """Return the spec with the run of fewest MACs for one example, all calls together.
 
-    All orders and mergers are tried: 3, 11, 49, 261 and 1,631 for two to six factors. Of equal ones the default run,
-    last to first and nothing merged, is taken, then one of fewer stages.
+    To merge factors counts as much as it takes at every call, though `count_macs` leaves it out, as it does not grow
+    with the number of examples. All orders and mergers are tried: 3, 11, 49, 261 and 1,631 for two to six factors. Of
+    equal ones the default run, last to first and nothing merged, is taken, then one of fewer stages.
 
     Args:
         spec: sequence and ranks; its own run doesn't matter.
@@ -45,10 +46,21 @@ def _plan(spec: SeKronSpec, geometry: Geometry, calls: tuple[tuple[int, ...], ..
     best, fewest = spec, inf
     for run in _runs(spec.sequence_length):
         planned = replace(spec, run=run)
-        macs = _macs_within(planned, geometry, calls, largest)
+        merging = len(calls) * sum(merging_macs(planned, group) for group in planned.run)
+        macs = _macs_within(planned, geometry, calls, largest) + merging
         if macs < fewest:
             best, fewest = planned, macs
     return best
+
+
+def merging_macs(spec: SeKronSpec, group: Sequence[int]) -> int:
+    """Return the multiply-accumulates of merging neighbouring factors into one, from the last of them to the first."""
+    total = 0
+    for k in group[:-1]:
+        merged = range(k + 1, group[-1] + 1)
+        ranks = {*spec.held((k,)), *spec.held(merged)}
+        total += prod(spec.ranks[i] for i in ranks) * prod(prod(spec.factor_shapes[j]) for j in (k, *merged))
+    return total
 
 
 def _macs_within(spec: SeKronSpec, geometry: Geometry, calls: Sequence[Sequence[int]], largest: int) -> float:

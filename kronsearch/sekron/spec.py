@@ -131,8 +131,11 @@ class SeKronSpec:
         return sum(map(prod, self.tensor_shapes))
 
     def merged_params(self, group: Sequence[int]) -> int:
-        """Return the number of entries of the one factor that neighbouring ones are merged into."""
-        return prod(self.ranks[i] for i in self.held(group)) * prod(prod(self.factor_shapes[k]) for k in group)
+        """Return the most entries that a factor has while neighbouring ones are merged, from the last to the first."""
+        return max(
+            prod(self.ranks[i] for i in self.held(part)) * prod(prod(self.factor_shapes[k]) for k in part)
+            for part in (group[start:] for start in range(len(group)))
+        )
 
     def check_kernel(self, kernel_shape: Sequence[int]) -> None:
         """Raise `SpecError` unless the factors multiply to this kernel shape."""

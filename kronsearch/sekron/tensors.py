@@ -82,7 +82,8 @@ def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
 def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> Tensor:
     """Return the one factor that stands for neighbouring ones, (the ranks it shares with others, *its factor shape).
 
-    Differentiable. It takes elementwise operations only, which no counter of MACs takes for an example's work.
+    Differentiable. It takes elementwise operations only, which no counter of MACs takes for an example's work, and sums
+    in single precision at least.
     """
     last = group[-1]
     merged, held = factors[last], spec.held((last,))
@@ -94,7 +95,8 @@ def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> 
             merged = left * right
         else:  # the rank between the two is no other factor's
             terms = zip(left.unbind(ranks.index(k)), right.unbind(ranks.index(k)), strict=True)
-            merged = reduce(lambda total, term: torch.addcmul(total, *term), terms, left.new_zeros(()))
+            start = left.new_zeros(1, dtype=torch.float32)
+            merged = reduce(lambda total, term: torch.addcmul(total, *term), terms, start).to(left.dtype)
         held = together
         shape = map(prod, zip(*spec.factor_shapes[k : last + 1], strict=True))
         merged = merged.reshape([*(spec.ranks[i] for i in held), *shape])

@@ -54,7 +54,7 @@ class Walk:
         return prod(self.spec.factor_shapes[k][2 + axis] for k in factors)
 
     def _ways(self, done, data, size):
-        """Yield (MACs, the largest result in between, run) of all ways to go on."""
+        """Yield (MACs, those of merging, the largest result in between, run) of all ways to go on."""
         length = len(self.labels)
         for first, last in product(range(length), repeat=2):
             group = set(range(first, last + 1))
@@ -69,10 +69,24 @@ class Walk:
             together = data | own
             macs = self.entries(together) * prod(positions) * prod(self.taps(group, a) for a in range(len(size)))
             left = {label for label in together if label[0] in "fg" or label in needed}
+            merging = self.merging(group, outside)
             if not others:
-                yield macs, 0, (tuple(group),)
-            for more, largest, run in self._ways(done | group, left, positions):
-                yield macs + more, max(largest, self.entries(left) * prod(positions)), (tuple(sorted(group)), *run)
+                yield macs, merging, 0, (tuple(group),)
+            for more, more_merging, largest, run in self._ways(done | group, left, positions):
+                largest = max(largest, self.entries(left) * prod(positions))
+                yield macs + more, merging + more_merging, largest, (tuple(sorted(group)), *run)
+
+    def merging(self, group, outside):
+        """Count the multiplications of merging a group, its last factor first."""
+        total, merged, entries = 0, set(), 1
+        for k in sorted(group, reverse=True):
+            ranks = {label for label in self.labels[k] if label[0] == "r"}
+            entries *= prod(self.spec.factor_shapes[k])
+            if k != max(group):
+                total += self.entries(merged | ranks) * entries
+            before = {label for j in group if j < k for label in self.labels[j]}
+            merged = {label for label in merged | ranks if label in outside | before}
+        return total
 
     def positions(self, size, done, group, others):
         """Count the positions of a stage, by axis."""
@@ -90,7 +104,8 @@ class Walk:
         return tuple(counts)
 
     def fewest(self, most):
-        return min(macs for macs, largest, _ in self.ways if largest <= most)
+        """Return the fewest MACs, those of merging included, where no result is larger."""
+        return min(macs + merging for macs, merging, largest, _ in self.ways if largest <= most)
 
 
 SPECS = (
@@ -129,11 +144,12 @@ def test_no_run_that_fits_costs_less(spec, geometry):
     for largest in (1, 2, 16, 10**6):
         planned = plan_run(spec, geometry, [(H, W)], largest=largest)
         macs = count_macs(planned, geometry, (H, W))
-        assert macs == walk.fewest(largest * larger)
-        assert (macs, planned.order) in {(macs, run) for macs, most, run in walk.ways if most <= largest * larger}
+        [(merging, most)] = [way[1:3] for way in walk.ways if way[3] == planned.order]
+        assert macs + merging == walk.fewest(largest * larger)
+        assert most <= largest * larger
         assert replace(planned, run=()) == spec
-    assert macs <= min(count_macs(spec, geometry, (H, W)), dense_macs(spec.kernel_shape, geometry, (H, W)))
-    counted = {run: macs for macs, _, run in walk.ways}
+    assert macs <= count_macs(spec, geometry, (H, W))
+    counted = {run: macs for macs, _, _, run in walk.ways}
     assert len(counted) == len(walk.ways) == {1: 1, 2: 3, 3: 11, 4: 49}[spec.sequence_length]
     assert counted == {run: count_macs(replace(spec, run=run), geometry, (H, W)) for run in counted}
 
@@ -146,7 +162,9 @@ def test_random_specs(data, draw_spec):
     geometry = geometry_of(stride=data.draw(pairs), dilation=data.draw(pairs), padding=data.draw(pairs))
     size = tuple(d * k + 4 for d, k in zip(geometry.dilation, spec.kernel_shape[2:], strict=True))
     planned = plan_run(spec, geometry, [size], largest=10**6)
-    assert count_macs(planned, geometry, size) == Walk(spec, geometry, size).fewest(10**9)
+    walk = Walk(spec, geometry, size)
+    [merging] = [merging for _, merging, _, run in walk.ways if run == planned.order]
+    assert count_macs(planned, geometry, size) + merging == walk.fewest(10**9)
 
 
 @pytest.mark.parametrize("coupling", ["tree", "chain"])
@@ -154,7 +172,9 @@ def test_a_linear_layer(coupling):
     spec = SeKronSpec(((2, 6), (8, 1), (2, 3)), (4, 6), coupling)
     tokens = 7
     planned = plan_run(spec, Geometry(), [(tokens,)], largest=10**6)
-    assert count_macs(planned, Geometry(), (tokens,)) == tokens * Walk(spec, Geometry(), ()).fewest(10**9)
+    ways = Walk(spec, Geometry(), ()).ways
+    fewest, merging = min((tokens * macs + merging, merging) for macs, merging, _, _ in ways)
+    assert count_macs(planned, Geometry(), (tokens,)) == fewest - merging
 
 
 def test_a_mixing_pair_runs_the_factor_of_more_in_than_out_channels_first():
@@ -188,13 +208,24 @@ def test_ranks_that_cost_more_than_the_kernel_form_it():
     assert count_macs(planned, SAME, (H, W)) == dense_macs((16, 12, 3, 3), SAME, (H, W))
 
 
+def test_a_merger_that_takes_more_than_it_saves_is_none():
+    """At few positions forming a kernel is what costs most."""
+    spec = SeKronSpec(((4, 3, 1, 1), (4, 4, 3, 3)), (12,))
+    for size in ((1, 1), (2, 2), (H, W)):
+        forming = 12 * (16 * 12 * 3 * 3)
+        saved = count_macs(spec, SAME, size) - dense_macs((16, 12, 3, 3), SAME, size)
+        assert (plan_run(spec, SAME, [size]).run == ((0, 1),)) == (saved > forming)
+        assert saved > 0
+
+
 def test_of_equal_runs_the_default_is_taken_then_one_of_fewer_stages():
     cp = SeKronSpec(((F, 1, 1, 1), (1, 1, 3, 3), (1, C, 1, 1)), (5, 1))
     assert plan_run(replace(cp, run=((0, 1, 2),)), SAME, [(H, W)]) == cp
     square = SeKronSpec(((4, 4), (4, 4)), (2,))
     assert plan_run(square, Geometry(), [(1,)]) == square
     ones = SeKronSpec(((1, 1), (8, 8)), (1,))
-    assert plan_run(ones, Geometry(), [(1,)]).run == ((0, 1),)
+    assert plan_run(ones, Geometry(), [(8,)]) == ones  # 8 more multiplications a token, or 8·8 to merge
+    assert plan_run(ones, Geometry(), [(9,)]).run == ((0, 1),)
 
 
 def test_all_calls_decide_together():

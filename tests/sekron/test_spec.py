@@ -129,6 +129,8 @@ def test_ranks_that_merged_factors_share_with_others():
     assert [chain.held(group) for group in ((0, 1), (1, 2), (2, 3), (1, 2, 3))] == [(1,), (0, 2), (1,), (0,)]
     assert tree.merged_params((1, 2)) == 2 * 3 * 4 * (3 * 1) * (1 * 2)
     assert chain.merged_params((1, 2)) == 2 * 4 * (3 * 1) * (1 * 2)
+    wide = SeKronSpec(((1, 1), (1, 1), (8, 8), (8, 8)), (8, 8, 8))
+    assert wide.merged_params((0, 1, 2, 3)) == 8 * 8 * (8 * 8) * (8 * 8)  # where the last two are one
 
 
 def test_written_on_a_short_line():
