@@ -1,10 +1,10 @@
-"""Uniform-rank CP at the MACs of a plan, with the fine-tune that the search gives its winner.
+"""Uniform-rank CP at the MACs of a plan, or the plan itself, with the fine-tune that the search gives its winner.
 
-python baseline.py PLAN WEIGHTS CIFAR10_DIR [plain|data-aware] [EPOCHS]
+python baseline.py PLAN WEIGHTS CIFAR10_DIR [plain|data-aware|plan] [EPOCHS [SEED]]
 
 Every 3×3 convolution but the first becomes 1×1 → depthwise → 1×1 with the rank that leaves it the same part of its
 MACs; that part is the largest that keeps the network within the plan's MACs. Everything else is the search's own code:
-joint fits, batch norms re-estimated, the same images in the same order, the same teacher.
+joint fits, batch norms re-estimated, the same images in the same order, the same teacher. SEED is the fine-tune's.
 """
 
 import json
@@ -39,31 +39,32 @@ def uniform(cost: ks.ModelCost, macs: int) -> dict[str, SeKronSpec]:
 
 def main() -> None:
     plan_file, weights, folder, kind, *rest = [*sys.argv[1:4], *(sys.argv[4:] or ["plain"])]
-    epochs = float(rest[0]) if rest else 2.0
+    epochs, seed = (float(rest[0]) if rest else 2.0), (int(rest[1]) if rest[1:] else 0)
     plan = ks.load_plan(plan_file)
     model = ks.load_model(plan.model.spec, weights=weights)
     data = ks.load_data(f"cifar10:{folder}", seed=0)
     cost = ks.profile_model(model, input_shape=plan.input_shape)
-    specs = uniform(cost, plan.compressed.macs)
+    specs = plan.replaced if kind == "plan" else uniform(cost, plan.compressed.macs)
     settings = Decomposition(calibration_images=512, batchnorm_images=2048, seed=0)
     metrics = {}
-    if kind == "data-aware":
+    if kind != "plain":
         metrics = calibrate(model, data, list(specs), images=512, seed=0, device="cpu")
     scorer = Scorer(model, data, metrics, settings, "cpu")
     small = scorer.build(specs)
     before = evaluate(small, data, "test")
     started = time.perf_counter()
     if epochs:
-        scorer.final(small, epochs, 0, lambda _: None)
+        scorer.final(small, epochs, seed, lambda _: None)
     after = evaluate(small, data, "test")
     measured = ks.profile_model(small, input_shape=plan.input_shape)
     told = {
-        "method": f"uniform-rank CP, {kind}",
+        "method": "plan" if kind == "plan" else f"uniform-rank CP, {kind}",
         "macs": measured.macs,
         "params": measured.params,
         "test accuracy before fine-tuning": before.metric,
         "test accuracy": after.metric,
         "epochs": epochs,
+        "seed": seed,
         "fine-tune seconds": round(time.perf_counter() - started),
         "n": after.n,
     }
