@@ -3,11 +3,12 @@
 python map.py WEIGHTS CIFAR10_DIR [LAYER …] > map.jsonl
 
 For each layer, in the plain norm and in the data-aware one (512 training images), at 2, 3, 5 and 10 times fewer of the
-layer's own MACs or of its params: the least relative squared error of each family below. Sequences are screened by
-short fits, the ten best of a family are then fitted to the end. Data-aware errors are told three times: in the norm
-that the fit takes place in, which every sequence approximates in its own way; in the whole moments, which are the same
-for all; and there again after the engine's refit of the two best. Quotients divide by the best two factors of the same
-line. Prints a JSON line for each finding, then the medians over the layers.
+layer's own MACs or of its params: the least relative squared error of each family below. MACs are those of the run that
+the planner chooses. Sequences are screened by short fits, the ten best of a family are then fitted to the end.
+Data-aware errors are told three times: in the norm that the fit takes place in, which every sequence approximates in
+its own way; in the whole moments, which are the same for all; and there again after the engine's refit of the two best.
+Quotients divide by the best two factors of the same line. Prints a JSON line for each finding, then the medians over
+the layers.
 """
 
 import itertools
