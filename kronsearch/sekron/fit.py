@@ -156,12 +156,19 @@ def solve(gram: Tensor, moment: Tensor, previous: Tensor) -> Tensor:
 def begin(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     """Return factor matrices to begin with: the recursive SVD's, or for CP-like ranks its largest terms.
 
-    A recursive SVD of ranks (R, 1, …) has at most n_1 terms, one for each singular vector, though a CP sum can have
-    more; so the terms of larger inner ranks are taken, largest first.
+    A recursive SVD has at most n_1 blocks, one for each singular vector, though a sum can have more. Of ranks
+    (R, 1, …) the terms of larger inner ranks are taken, largest first; of others the blocks of what is left over come
+    next, for those filled up with zeros would stay zero in every sweep.
     """
-    if len(ranks) < 2 or any(rank > 1 for rank in ranks[1:]):
-        return recursive_svd(tensor, ranks)
-    return largest_terms(tensor, ranks[0])
+    if len(ranks) > 1 and all(rank == 1 for rank in ranks[1:]):
+        return largest_terms(tensor, ranks[0])
+    most = min(len(tensor), tensor[0].numel())
+    matrices = recursive_svd(tensor, (min(ranks[0], most), *ranks[1:]))
+    while (missing := ranks[0] - len(matrices[0])) > 0:
+        rest = tensor - contract(matrices, (len(matrices[0]), *ranks[1:]))
+        added = recursive_svd(rest, (min(missing, most), *ranks[1:]))
+        matrices = [torch.cat(pair) for pair in zip(matrices, added, strict=True)]
+    return matrices
 
 
 def largest_terms(tensor: Tensor, terms: int) -> list[Tensor]:

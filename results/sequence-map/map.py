@@ -200,26 +200,6 @@ def useful(seed: Seed) -> bool:
     )
 
 
-def begin(tensor: Tensor, ranks: tuple[int, ...]) -> list[Tensor] | None:
-    """Return a start for trees with R_2 > 1 and more blocks than the recursive SVD has: the blocks of what it leaves.
-
-    The engine's own start fills up with zeros, which no sweep leaves.
-    """
-    most = min(tensor.shape[0], prod(tensor.shape[1:]))
-    if all(rank == 1 for rank in ranks[1:]) or ranks[0] <= most:
-        return None
-    blocks = 0
-    matrices: list[Tensor] = []
-    rest = tensor
-    while blocks < ranks[0]:
-        more = min(most, ranks[0] - blocks)
-        added = recursive_svd(rest, (more, *ranks[1:]))
-        matrices = [torch.cat(pair) for pair in zip(matrices, added, strict=True)] if matrices else added
-        blocks += more
-        rest = tensor - contract(matrices, (blocks, *ranks[1:]))
-    return matrices
-
-
 def screen(layer: Layer, seed: Seed, ranks: Iterable[int]) -> dict[int, float]:
     """Return the errors of short fits at several R_1; those of CP-like sums start from one another."""
     tensor = layer.tensor(seed[0])
@@ -228,7 +208,7 @@ def screen(layer: Layer, seed: Seed, ranks: Iterable[int]) -> dict[int, float]:
     for rank in sorted(ranks):
         full = (rank, *seed[1])
         if prod(seed[1]) > 1:
-            errors[rank] = fit(tensor, full, start=begin(tensor, full), sweeps=SHORT)[1]
+            errors[rank] = fit(tensor, full, sweeps=SHORT)[1]
         else:
             start = None if matrices is None else grow(tensor, matrices, rank)
             matrices, errors[rank] = fit(tensor, full, start=start, sweeps=SHORT)
@@ -244,7 +224,7 @@ def finish(layer: Layer, spec: SeKronSpec, cache: dict[SeKronSpec, Fitted]) -> F
             matrices = recursive_svd(tensor, spec.ranks)
             error = float((tensor - contract(matrices, spec.ranks)).square().sum() / tensor.square().sum())
         else:
-            matrices, error = fit(tensor, spec.ranks, start=begin(tensor, spec.ranks))
+            matrices, error = fit(tensor, spec.ranks)
             norms = torch.stack([column.square().sum(1) for column in leaves(matrices, spec.ranks)])
             terms = float(norms.prod(0).sum() / tensor.square().sum())
         if layer.metric is not None:

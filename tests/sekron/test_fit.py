@@ -174,3 +174,23 @@ def test_a_singular_system_is_solved_near_the_factor_before():
     previous = torch.tensor([[3.0], [1.0]], dtype=torch.float64)
     found = solve(gram, torch.full((2, 1), 10.0, dtype=torch.float64), previous)
     torch.testing.assert_close(found, torch.tensor([[6.0], [4.0]], dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [((9, 16, 16), (14, 2)), ((4, 8, 9), (6, 2)), ((4, 8, 9), (9, 2)), ((4, 6, 5, 3), (7, 2, 1))]
+)
+def test_blocks_beyond_those_of_the_recursion_are_of_use(sizes, ranks):
+    """The recursive SVD fills blocks up with zeros, and no sweep would move them."""
+    tensor = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = begin(tensor, ranks)
+    assert [len(matrix) for matrix in start] == [len(matrix) for matrix in recursive_svd(tensor, ranks)]
+    assert all(bool((row.norm(dim=1) > 0).all()) for row in start)
+    filled = recursive_svd(tensor, ranks)
+    assert bool((filled[-1].norm(dim=1) == 0).any())
+    assert fit(tensor, ranks)[1] < 0.6 * fit(tensor, ranks, start=filled)[1]
+
+
+def test_no_more_blocks_than_the_recursion_has_are_its_own():
+    tensor = torch.randn(4, 8, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ranks in ((3, 2), (4, 2)):
+        assert all(map(torch.equal, begin(tensor, ranks), recursive_svd(tensor, ranks)))
