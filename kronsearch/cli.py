@@ -213,7 +213,7 @@ def _keep_stdout_for_results() -> None:
         return
     if isinstance(stdout, TextIOWrapper) and sys.stderr is not None:
         stdout.flush()
-        sys.stdout = os.fdopen(os.dup(number), "w", encoding=stdout.encoding, closefd=True)
+        sys.stdout = os.fdopen(os.dup(number), "w", encoding=stdout.encoding)
         sys.stdout.reconfigure(line_buffering=stdout.line_buffering)
         os.dup2(2, number)
 

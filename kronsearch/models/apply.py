@@ -154,6 +154,11 @@ def is_compressed(path: str | Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == _FORMAT
 
 
+def _check_compressed(path: str | Path) -> None:
+    if not is_compressed(path):
+        raise CheckpointError(f"{path} is not a compressed network: pass the compressed.safetensors of a run")
+
+
 def stored_plan(path: str | Path) -> Plan:
     """Return the plan in a file of a compressed network.
 
@@ -161,8 +166,7 @@ def stored_plan(path: str | Path) -> Plan:
         CheckpointError: the file is not one.
         PlanError: the plan is malformed, or of another schema.
     """
-    if not is_compressed(path):
-        raise CheckpointError(f"{path} is not a compressed network: pass the compressed.safetensors of a run")
+    _check_compressed(path)
     return parse_plan(read_metadata(path).get("plan", ""), origin=f"the plan in {path}")
 
 
@@ -179,8 +183,8 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
         PlanError: the plan was made for another network.
     """
     path = Path(path)
-    stored = stored_plan(path)
-    plan = stored if plan is None else plan
+    _check_compressed(path)
+    plan = stored_plan(path) if plan is None else plan
     check_fits(model, plan)
     small = replace_layers(
         model, {name: empty_layer(model.get_submodule(name), s) for name, s in plan.replaced.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -28,16 +29,17 @@ _COLUMNS = ("sequence", "rank", "macs", "params", "error")
 _PARTS = ("inputs", "outputs", "mean")
 
 
+@dataclass(frozen=True)
 class Prepared:
     """The metrics of layers, and what they were gathered from.
 
-    Args:
+    Attributes:
         metrics: by layer; empty without data.
         origin: what they depend on, None without data.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], origin: Mapping[str, Any] | None) -> None:
-        self.metrics, self.origin = metrics, origin
+    metrics: Mapping[str, Metric]
+    origin: Mapping[str, Any] | None
 
 
 def measure(

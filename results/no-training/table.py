@@ -9,21 +9,22 @@ training images, the whole test split read once in float32. Prints one JSON line
 import json
 import sys
 import time
-from collections.abc import Mapping
 
 import kronsearch as ks
-from kronsearch.models.apply import calibrate, factorise, replace_layers, settle
-from kronsearch.search.candidates import layer_candidates
+from kronsearch.models.apply import factorise, replace_layers, settle
+from kronsearch.models.shelf import Shelf
+from kronsearch.plan import Decomposition
 from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.reach import replaceable
 from kronsearch.search.space import load_space
-from kronsearch.sekron import Metric
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.evaluate import evaluate
 
 BUDGETS = ({"flops": "50%"}, {"flops": "33%"}, {"params": "20%"})
 WAYS = (("default", True), ("gkpd", True), ("gkpd", False), ("default", False))  # space, data-aware
-IMAGES = 512
+SETTINGS = Decomposition(calibration_images=512, batchnorm_images=2048, seed=0)
+NOT_KEPT = Shelf(None)
 
 
 def main() -> None:
@@ -35,16 +36,10 @@ def main() -> None:
         space = load_space(space_name)
         names = replaceable(cost, space)
         started = time.perf_counter()
-        metrics: Mapping[str, Metric] = {}
+        prepared = Prepared({}, None)  # without data a layer's error counts by its relative size
         if aware:
-            metrics = calibrate(model, data, names, images=IMAGES, seed=0, device="cpu")
-        kernels = {name: model.get_parameter(f"{name}.weight").detach() for name in names}
-        candidates = [
-            layer_candidates(kernels[name], cost.layer(name), space, metric=metrics.get(name)).without_pointless()
-            for name in names
-        ]
-        # without data a layer's error counts by its relative size
-        sensitivity = {name: metrics[name].energy(kernels[name]) if aware else 1.0 for name in names}
+            prepared = measure(model, data, names, SETTINGS, shelf=NOT_KEPT, device="cpu")
+        candidates, sensitivity = tabulate(model, cost, names, space, prepared, shelf=NOT_KEPT, tell=lambda *_: None)
         tables = time.perf_counter() - started
         for asked in BUDGETS:
             budget = ks.Budget(**asked)
@@ -55,10 +50,12 @@ def main() -> None:
             layers = {}
             for layer, index in zip(candidates, allocation.chosen, strict=True):
                 if (spec := layer.spec(index)) is not None:
-                    layers[layer.name] = factorise(model.get_submodule(layer.name), spec, metrics.get(layer.name))
+                    layers[layer.name] = factorise(
+                        model.get_submodule(layer.name), spec, prepared.metrics.get(layer.name)
+                    )
             small = replace_layers(model, layers)
             fits = time.perf_counter() - started
-            settle(small, data, images=2048, seed=0, device="cpu")
+            settle(small, data, images=SETTINGS.batchnorm_images, seed=SETTINGS.seed, device="cpu")
             measured = ks.profile_model(small, input_shape=data.input_shape)
             assert measured.macs == allocation.macs
             assert measured.params == allocation.params
