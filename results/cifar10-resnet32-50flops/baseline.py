@@ -16,7 +16,7 @@ from kronsearch.models.apply import calibrate
 from kronsearch.plan import Decomposition
 from kronsearch.search.score import Scorer
 from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
-from kronsearch.training.evaluate import evaluate
+from kronsearch.training.evaluate import evaluate, outputs
 
 
 def uniform(cost: ks.ModelCost, macs: int) -> dict[str, SeKronSpec]:
@@ -55,7 +55,7 @@ def main() -> None:
     started = time.perf_counter()
     if epochs:
         scorer.final(small, epochs, seed, lambda _: None)
-    after = evaluate(small, data, "test")
+    after = evaluate(small, data, "test", teacher_outputs=outputs(model, data, "test"))
     measured = ks.profile_model(small, input_shape=plan.input_shape)
     told = {
         "method": "plan" if kind == "plan" else f"uniform-rank CP, {kind}",
@@ -63,6 +63,7 @@ def main() -> None:
         "params": measured.params,
         "test accuracy before fine-tuning": before.metric,
         "test accuracy": after.metric,
+        "divergence from the dense network": after.divergence,
         "epochs": epochs,
         "seed": seed,
         "fine-tune seconds": round(time.perf_counter() - started),
