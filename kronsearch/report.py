@@ -2,6 +2,7 @@
 
 import json
 import sys
+from io import StringIO
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -35,8 +36,11 @@ _WIDTH_OF_FILES = 160
 
 
 def console_for(stream: IO[str] | None = None) -> Console:
-    """Return a console on a stream (stdout) that prints text as it is; what is no terminal gets wide, plain lines."""
-    stream = sys.stdout if stream is None else stream
+    """Return a console on a stream (stdout) that prints text as it is; what is no terminal gets wide, plain lines.
+
+    A process whose stdout was closed has none: what is printed goes nowhere then.
+    """
+    stream = stream or sys.stdout or StringIO()
     width = None if stream.isatty() else _WIDTH_OF_FILES
     return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
 

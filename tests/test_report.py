@@ -164,3 +164,8 @@ def test_a_terminal_keeps_its_width():
 
     assert console_for(Terminal()).width == Console(file=Terminal()).width
     assert console_for(io.StringIO()).width > 120
+
+
+def test_where_stdout_was_closed_nothing_is_printed(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    console_for().print("nothing")

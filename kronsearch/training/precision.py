@@ -42,8 +42,7 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{type(model).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): "
-            "pass the data that it was made for"
+            f"{type(model).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(model)}"
         ) from error
     if not isinstance(outputs, Tensor):
         raise ModelError(
@@ -51,6 +50,14 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
             "outputs off where the model is made, or wrap it"
         )
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _advice(model: nn.Module) -> str:
+    others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if others:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        return f"it has {names} parameters, and float32 inputs; pass it as float32 (`.float()`)"
+    return "pass the data that it was made for"
 
 
 @contextmanager

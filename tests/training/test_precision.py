@@ -76,3 +76,11 @@ def test_eval_mode_puts_every_module_back_even_after_an_error():
     with pytest.raises(ModelError, match="one tensor is needed"), eval_mode(model):
         forward(Spy(lambda x: (x, x)), torch.zeros(1, 1), "float32")
     assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+def test_a_network_of_another_precision_is_told_as_such():
+    with pytest.raises(
+        ModelError, match=r"it has float64 parameters, and float32 inputs; pass it as float32"
+    ) as refusal:
+        forward(nn.Linear(2, 2, dtype=torch.float64), torch.zeros(1, 2), "float32")
+    assert "made for" not in str(refusal.value)
