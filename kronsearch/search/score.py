@@ -16,8 +16,9 @@ from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate, outputs
-from kronsearch.training.finetune import StepReport, TrainSettings, finetune_steps, total_steps
+from kronsearch.training.finetune import StepReport, finetune_steps
 from kronsearch.training.precision import precision_for
+from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
 __all__ = ["Scorer"]
 
@@ -27,8 +28,6 @@ _VALIDATION = 2_500  # validation images at the most
 _VALIDATION_BATCH = 125  # small, so that the score's standard error comes from many batches
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 _KEPT = 2**30  # bytes of factors that are kept between trials
-_RATE = 1e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
-_HIGHEST_RATE = 2e-4
 _SETTLING_IMAGES = 10_000  # after the final fine-tune, whose running averages are of a few batches
 _PROXY, _FINAL = 11, 12  # streams of random numbers
 
@@ -118,7 +117,7 @@ class Scorer:
     def _settings(self, epochs: float) -> tuple[TrainSettings, int]:
         """Return how to fine-tune for so many epochs, and the number of steps."""
         steps = total_steps(TrainSettings(epochs=epochs), self.data.size("train"))
-        return TrainSettings(epochs=epochs, lr=min(_HIGHEST_RATE, _RATE * steps)), steps
+        return TrainSettings(epochs=epochs, lr=default_rate(steps)), steps
 
     def _finetune(
         self, model: nn.Module, settings: TrainSettings, generator: torch.Generator, every: int

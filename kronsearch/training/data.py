@@ -23,6 +23,7 @@ __all__ = [
     "endless_train_batches",
     "epoch_order",
     "fixed_subset",
+    "no_training_batch",
     "to_device",
     "train_batch_count",
 ]
@@ -191,7 +192,12 @@ def endless_train_batches(
             empty = False
             yield batch
         if empty:
-            raise DataError(f"data {data.spec!r} gave no training batch of {batch_size}: one at least is needed")
+            raise no_training_batch(data, batch_size)
+
+
+def no_training_batch(data: Data, batch_size: int) -> DataError:
+    """Return the error of data of which an epoch has no batch."""
+    return DataError(f"data {data.spec!r} gave no training batch of {batch_size}: one at least is needed")
 
 
 def epoch_order(examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from kronsearch.training import finetune as finetune_module
 from kronsearch.training.evaluate import evaluate, outputs
-from kronsearch.training.finetune import TrainSettings, finetune, finetune_steps, learning_rate, total_steps
+from kronsearch.training.finetune import Trainer, finetune, finetune_steps
+from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +193,32 @@ def test_stopping_early_leaves_a_usable_model(make_data, make_network):
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not torch.equal(network.conv.weight, start)
     assert evaluate(network, data, "val").n == 12
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 6])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_from_its_state_a_training_goes_on_to_the_same_weights(monkeypatch, make_data, make_network, step, precision):
+    """The state is taken within an epoch of three steps, and between two."""
+    monkeypatch.setattr(finetune_module, "precision_for", lambda device: precision)
+    data, settings = make_data(), TrainSettings(epochs=3, batch_size=10, lr=0.02)
+
+    def trainer(network, seed):
+        options = {"teacher": make_network(1), "blocks": ["conv"], "generator": seeded(seed)}
+        return Trainer(network, data, settings, **options)
+
+    with trainer(make_network(dropout=0.5), 0) as whole:
+        whole.advance(9)
+    with trainer(make_network(dropout=0.5), 0) as cut:
+        cut.advance(step)
+        state = {name: tensor.clone() for name, tensor in cut.state().items()}
+        cut.advance(1)  # what comes after the state does not count
+    with trainer(make_network(4, dropout=0.5), 4) as resumed:
+        resumed.restore(state)
+        assert resumed.step == step
+        resumed.advance(9)
+        assert resumed.step == resumed.total_steps == 9
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
 
 
 def test_frozen_parameters_stay(make_data, make_network):

@@ -10,7 +10,8 @@ from kronsearch.models.checkpoint import save_safetensors
 from kronsearch.models.zoo.digits import DIGITS_WEIGHTS, DigitsResNet, digits
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import evaluate
-from kronsearch.training.finetune import TrainSettings, finetune
+from kronsearch.training.finetune import finetune
+from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.sources import load_data
 
 __all__ = ["SETTINGS", "main", "train_digits"]

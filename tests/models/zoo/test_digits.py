@@ -7,7 +7,7 @@ from kronsearch.models.loading import load_model
 from kronsearch.models.zoo.digits import DIGITS_WEIGHTS
 from kronsearch.models.zoo.train_digits import SETTINGS, train_digits
 from kronsearch.training.evaluate import evaluate
-from kronsearch.training.finetune import TrainSettings
+from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.sources import load_data
 
 

@@ -1,0 +1,63 @@
+"""How long to train, and at what rate."""
+
+import math
+from dataclasses import dataclass
+
+from kronsearch.training.data import train_batch_count
+
+__all__ = ["TrainSettings", "default_rate", "learning_rate", "total_steps"]
+
+_RATE = 1e-6  # times the steps is the learning rate: a short run can't recover from what a high rate breaks first
+_HIGHEST_RATE = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. The defaults suit a factorised network that learns from its dense original.
+
+    `epochs` may be a fraction. The rate climbs linearly to `lr` over the `warmup` fraction of the steps, then falls as
+    a cosine to zero. The loss is `label_weight` × the task's loss + the rest × the divergence from the teacher, with
+    both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015),
+    + `feature_weight` × the relative squared distance of the blocks' outputs (FitNets: Romero et al., 2015); without a
+    teacher the label weight is 1 and the others are 0. `weight_decay` holds for tensors of two or more dimensions; each
+    of the S factors of a kernel has an S-th of it, so that the kernel decays as a dense one does.
+    Gradients are scaled down to a norm of at most `clip_norm`.
+    """
+
+    epochs: float
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    label_weight: float = 0.0
+    temperature: float = 4.0
+    feature_weight: float = 10.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epochs < math.inf and self.batch_size > 0 and self.lr > 0 and self.clip_norm > 0):
+            raise ValueError(f"epochs, batch_size, lr and clip_norm must be positive, epochs finite: {self}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive: {self}")
+        if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1):
+            raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1]: {self}")
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.feature_weight < math.inf):
+            raise ValueError(f"weight_decay and feature_weight must be finite and not negative: {self}")
+
+
+def total_steps(settings: TrainSettings, examples: int) -> int:
+    """Return the number of optimizer steps that `settings.epochs` over so many examples take."""
+    return max(1, math.ceil(settings.epochs * train_batch_count(examples, settings.batch_size)))
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """Return the rate of a step counted from 0: a linear warm-up, then a cosine that would reach zero at `total`."""
+    warm = math.ceil(settings.warmup * total)
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+
+def default_rate(steps: int) -> float:
+    """Return the highest rate of a fine-tune of so many steps of a factorised network."""
+    return min(_HIGHEST_RATE, _RATE * steps)

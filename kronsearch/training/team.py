@@ -1,0 +1,104 @@
+"""Several processes that train one network: each takes its share of every batch, gradients are averaged."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kronsearch.errors import DataError
+from kronsearch.training.data import Batch
+
+__all__ = ["ALONE", "Team", "team_of"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train together, as one of them sees it.
+
+    Args:
+        rank: of this process.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and tells."""
+        return self.rank == 0
+
+    def share(self, batch: Batch) -> tuple[Batch, float]:
+        """Return this process's part of a batch, and what its mean loss counts in the average over the processes."""
+        if self.size == 1:
+            return batch, 1.0
+        inputs, targets = batch
+        if len(inputs) < self.size:
+            raise DataError(f"a batch of {len(inputs)} has nothing for each of {self.size} processes: use fewer")
+        own = slice(self.rank * len(inputs) // self.size, (self.rank + 1) * len(inputs) // self.size)
+        return (inputs[own], targets[own]), (own.stop - own.start) * self.size / len(inputs)
+
+    def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Return what averages gradients when it is run and its loss differentiated; at first all get rank 0's weights.
+
+        Batch norms see each process's share, and at every step take on rank 0's running statistics.
+        """
+        if self.size == 1:
+            return model
+        # A static graph lets parameters be without use, and losses come from the outputs of blocks.
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, static_graph=True)
+
+    def average(self, value: Tensor) -> Tensor:
+        """Return the average of a tensor over the processes."""
+        if self.size > 1:
+            distributed.all_reduce(value)
+            value = value / self.size
+        return value
+
+    def from_leader(self, value: T) -> T:
+        """Return what rank 0 passes."""
+        if self.size > 1:
+            told = [value]
+            distributed.broadcast_object_list(told, src=0)
+            [value] = told
+        return value
+
+
+ALONE = Team()
+
+
+@contextmanager
+def team_of(device: torch.device | str) -> Iterator[tuple[Team, torch.device]]:
+    """Join the processes that `torchrun` has started, and leave them at the end; without them, be alone.
+
+    Yields the team, and the device of this process: with CUDA the one of its local rank. A process group that the
+    caller has made is used as it is.
+    """
+    device = torch.device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if device.type == "cuda" and device.index is None and (size > 1 or _initialised()):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if _initialised():
+        yield Team(distributed.get_rank(), distributed.get_world_size()), device
+    elif size == 1:
+        yield ALONE, device
+    else:
+        if device.type == "cuda":
+            distributed.init_process_group("nccl", device_id=device)
+        else:
+            distributed.init_process_group("gloo")
+        try:
+            yield Team(distributed.get_rank(), distributed.get_world_size()), device
+        finally:
+            distributed.destroy_process_group()
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
