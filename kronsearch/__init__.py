@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kronsearch.budget import Budget
     from kronsearch.errors import KronsearchError
+    from kronsearch.finetuning.run import FinetuneResult, finetune
     from kronsearch.models.apply import apply_plan
     from kronsearch.models.bench import Timing, bench
     from kronsearch.models.loading import load_model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Data",
+    "FinetuneResult",
     "Front",
     "KronsearchError",
     "ModelCost",
@@ -40,6 +42,7 @@ __all__ = [
     "Timing",
     "apply_plan",
     "bench",
+    "finetune",
     "load_data",
     "load_model",
     "load_plan",
@@ -55,6 +58,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "budget",
     "Data": "training.data",
+    "FinetuneResult": "finetuning.run",
     "Front": "search.sweep",
     "KronsearchError": "errors",
     "ModelCost": "models.profile",
@@ -65,6 +69,7 @@ _HOMES = {
     "Timing": "models.bench",
     "apply_plan": "models.apply",
     "bench": "models.bench",
+    "finetune": "finetuning.run",
     "load_data": "training.sources",
     "load_model": "models.loading",
     "load_plan": "plan",

@@ -31,6 +31,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_RESUMED = {
+    commands.run: ": the same line again resumes the study",
+    commands.finetune: ": the same line again resumes the fine-tune",
+}
+
 Words = str | None
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json that `kronsearch run` wrote")]
 ModelSpec = Annotated[
@@ -155,6 +160,34 @@ def apply(
     _execute(partial(commands.apply, plan, out), **options)
 
 
+@app.command("finetune")
+def finetune(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan to apply, or a compressed.safetensors")],
+    model: ModelSpec = None,
+    model_args: ModelArgs = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="How long; fractions too [default: 10]")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Highest learning rate [default: what suits the number of steps]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples in a step [default: 128]")] = None,
+    label_weight: Annotated[
+        float | None, typer.Option("--label-weight", help="Part of the loss that the labels are [default: 0]")
+    ] = None,
+    out: Annotated[
+        Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-finetuned]")
+    ] = None,
+    device: Device = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a compressed network, the dense one as its teacher; the same line again resumes."""
+    options = {name: value for name, value in locals().items() if name != "plan"}
+    _execute(partial(commands.finetune, plan), **options)
+
+
 @app.command("evaluate")
 def evaluate(
     plan: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan to apply to the weights")] = None,
@@ -228,7 +261,7 @@ def _execute(command: Callable[[Settings], None], **given: object) -> None:
     except KronsearchError as error:
         _fail(f"error: {error}", 2, debug=debug)
     except KeyboardInterrupt:
-        _fail("interrupted: the same line again resumes the study" if command is commands.run else "interrupted", 130)
+        _fail(f"interrupted{_RESUMED.get(getattr(command, 'func', command), '')}", 130)
     except BrokenPipeError:
         raise  # whoever read the results has seen enough; Typer ends quietly
     except Exception as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kronsearch.training.data import Data
 
-__all__ = ["apply", "bench", "evaluate", "profile", "run", "show", "sweep"]
+__all__ = ["apply", "bench", "evaluate", "finetune", "profile", "run", "show", "sweep"]
 
 
 def run(settings: Settings) -> None:
@@ -143,6 +143,48 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
     console = console_for()
     console.print(comparison(plan))
     console.print(f"written to {out}", soft_wrap=True)
+
+
+def finetune(path: Path, settings: Settings) -> None:
+    """Fine-tune a compressed network, and compare it with the dense one, its teacher."""
+    spec = _needed(settings.model, "--model")
+    plan = None if path.suffix == ".safetensors" else load_plan(path)
+    if settings.data is None:
+        raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
+
+    from kronsearch.finetuning.run import finetune
+    from kronsearch.models.apply import stored_plan
+    from kronsearch.search.progress import ignore
+    from kronsearch.training.team import joined
+
+    leads = joined().leads
+    quiet = settings.quiet or not leads
+    device = _device(settings)
+    model = _load_model(settings, spec, warn=leads)
+    data = _load_data(settings, stored_plan(path) if plan is None else plan)
+    assert data is not None
+    view = SearchView(console_for(sys.stderr), None)
+    with nullcontext() if quiet else view:
+        result = finetune(
+            model,
+            path,
+            data,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            label_weight=settings.label_weight,
+            out=settings.out if "out" in settings.model_fields_set else "kronsearch-finetuned",
+            device=device,
+            seed=settings.seed,
+            watch=ignore if quiet else view,
+        )
+    if leads:
+        console = console_for()
+        console.print(
+            comparison(result.plan, dense=result.dense, compressed=result.compressed, metric=data.task.metric_name)
+        )
+        done = "had been fine-tuned before, see" if result.was_done else "written to"
+        console.print(f"{done} {result.out}: compressed.safetensors, log.csv", soft_wrap=True)
 
 
 def evaluate(path: Path | None, settings: Settings) -> None:

@@ -98,6 +98,10 @@ class Settings(BaseModel):
     batch: Annotated[tuple[int, ...], BeforeValidator(_counts)] = (1,)
     threads: Annotated[tuple[int, ...], BeforeValidator(_threads)] | None = None
     seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    epochs: Annotated[float, Field(gt=0)] = 10.0
+    lr: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     split: Literal["test", "val"] = "test"
     quiet: bool = False
     debug: bool = False

@@ -11,6 +11,7 @@ __all__ = [
     "SpaceError",
     "SpecError",
     "StudyError",
+    "TrainingError",
 ]
 
 
@@ -55,3 +56,7 @@ class FileError(KronsearchError, OSError):
 
 class StudyError(KronsearchError, ValueError):
     """A study can't be opened, or was made with other settings."""
+
+
+class TrainingError(KronsearchError, ValueError):
+    """A fine-tune has diverged, or can't be begun or resumed."""

@@ -24,6 +24,8 @@ _PHASES: "dict[Phase, str]" = {
     "budgets": "budgets",
     "trials": "trials",
     "final": "fine-tuning the best",
+    "apply": "applying the plan",
+    "finetune": "fine-tuning",
     "test": "reading the test split",
 }
 
@@ -93,7 +95,7 @@ class SearchView:
                     self._bar.remove_task(self._task)
                 self._task = self._bar.add_task(_PHASES[progress.phase], told=told)
             self._bar.update(self._task, completed=progress.done, total=progress.total, told=told)
-        elif progress.phase == "trials" or (begins and progress.phase != "profile"):  # what is refused stays one line
+        elif _is_news(progress) or (begins and progress.phase != "profile"):  # what is refused stays one line
             counted = f" {progress.done}/{progress.total}" if progress.total > 1 else ""
             self._console.print(f"{_PHASES[progress.phase]}{counted}{': ' * bool(told)}{told}", soft_wrap=True)
 
@@ -125,6 +127,11 @@ class SearchView:
         if progress.phase == "trials" and self._timeout is not None:
             seconds = min(seconds, max(0.0, self._timeout - passed))
         return seconds
+
+
+def _is_news(progress: "Progress") -> bool:
+    """Tell whether a step is worth a line by itself: a trial, or an evaluation in a fine-tune."""
+    return progress.phase == "trials" or (progress.phase == "finetune" and progress.best is not None)
 
 
 def _of_limit(cost: int, written: str | int | None, dense: int | None) -> str:

@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kronsearch"
 FACADE = "kronsearch"  # the package itself: names for users, imported when they are first used
 CLI = ("cli", "commands", "config", "report", "watching")
-LINE = ("sekron", "training", "models", "search", "cli")  # each may import itself and what stands before it
+LINE = (
+    "sekron",
+    "training",
+    "models",
+    "search",
+    "finetuning",
+    "cli",
+)  # each may import itself and what stands before it
 COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "plan")
 COMMON_MAY_IMPORT = {
     "errors": (),

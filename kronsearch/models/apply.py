@@ -30,6 +30,7 @@ __all__ = [
     "replace_layers",
     "save_compressed",
     "settle",
+    "skeleton",
     "stored_plan",
 ]
 
@@ -185,10 +186,7 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
     path = Path(path)
     _check_compressed(path)
     plan = stored_plan(path) if plan is None else plan
-    check_fits(model, plan)
-    small = replace_layers(
-        model, {name: empty_layer(model.get_submodule(name), s) for name, s in plan.replaced.items()}
-    )
+    small = skeleton(model, plan)
     state = load_state_dict(path, wrapped=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
     for name in sorted(wanted.keys() | state.keys()):
@@ -199,6 +197,18 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
             )
     small.load_state_dict(state)
     return small.eval()
+
+
+def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of a network with the layers of a plan replaced by ones whose factors are zeros.
+
+    Raises:
+        PlanError: the plan was made for another network.
+    """
+    check_fits(model, plan)
+    return replace_layers(
+        model, {name: empty_layer(model.get_submodule(name), spec) for name, spec in plan.replaced.items()}
+    )
 
 
 def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:

@@ -1,4 +1,4 @@
-"""What a search tells whoever watches it. Nothing here prints."""
+"""What a search or a fine-tune tells whoever watches it. Nothing here prints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Literal
 
 __all__ = ["Phase", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "test"]
+Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "apply", "finetune", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A step of a search or a sweep.
+    """A step of a search, a sweep or a fine-tune.
 
     Args:
         phase: what is being done.

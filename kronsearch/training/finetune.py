@@ -138,9 +138,12 @@ class Trainer:
 
         Raises KeyError, ValueError or RuntimeError where the state is of another network.
         """
+        step, taken = state["place"].tolist()
+        if not 0 <= taken <= step <= self.total_steps:
+            raise ValueError(f"step {step} of {self.total_steps}, {taken} of it in its epoch, is no place")
         self.model.load_state_dict(_part(state, "model/"))
         restore_moments(self._optimizer, self.model, _part(state, "optimizer/"))
-        self.step, taken = (int(n) for n in state["place"])
+        self.step = step
         self._batches.go_to(state["generator"], taken)
 
 

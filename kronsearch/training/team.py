@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kronsearch.errors import DataError
 from kronsearch.training.data import Batch
 
-__all__ = ["ALONE", "Team", "team_of"]
+__all__ = ["ALONE", "Team", "joined", "team_of"]
 
 T = TypeVar("T")
 
@@ -81,23 +81,27 @@ def team_of(device: torch.device | str) -> Iterator[tuple[Team, torch.device]]:
     Yields the team, and the device of this process: with CUDA the one of its local rank. A process group that the
     caller has made is used as it is.
     """
-    device = torch.device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if device.type == "cuda" and device.index is None and (size > 1 or _initialised()):
+    device, team = torch.device(device), joined()
+    if device.type == "cuda" and device.index is None and team.size > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if _initialised():
-        yield Team(distributed.get_rank(), distributed.get_world_size()), device
-    elif size == 1:
-        yield ALONE, device
+    if team.size == 1 or _initialised():
+        yield team, device
+        return
+    if device.type == "cuda":
+        distributed.init_process_group("nccl", device_id=device)
     else:
-        if device.type == "cuda":
-            distributed.init_process_group("nccl", device_id=device)
-        else:
-            distributed.init_process_group("gloo")
-        try:
-            yield Team(distributed.get_rank(), distributed.get_world_size()), device
-        finally:
-            distributed.destroy_process_group()
+        distributed.init_process_group("gloo")
+    try:
+        yield team, device
+    finally:
+        distributed.destroy_process_group()
+
+
+def joined() -> Team:
+    """Return the team that this process is of, by the caller's process group or else by what `torchrun` tells it."""
+    if _initialised():
+        return Team(distributed.get_rank(), distributed.get_world_size())
+    return Team(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _initialised() -> bool:

@@ -1,0 +1,138 @@
+"""From the first step to the last: evaluations, the best network so far, the log, and checkpoints."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from kronsearch.errors import TrainingError
+from kronsearch.finetuning.record import Record, Row, save_log, save_record
+from kronsearch.models.apply import save_compressed, settle
+from kronsearch.plan import Plan
+from kronsearch.search.score import Scorer
+from kronsearch.training.data import train_batch_count
+from kronsearch.training.evaluate import Evaluation
+from kronsearch.training.finetune import StepReport, Trainer
+
+__all__ = ["CHECKPOINT", "COMPRESSED", "LOG", "Loop", "supersedes"]
+
+COMPRESSED, CHECKPOINT, LOG = "compressed.safetensors", "checkpoint.safetensors", "log.csv"
+_TELL = 10  # steps between two reports of progress
+_SAVE_SECONDS = 120.0  # at the most between two checkpoints, and a step
+_SETTLING = 5  # batch norms are re-estimated on one of so many training images before an evaluation,
+_MOST_SETTLING = 10_000  # and on no more than these
+
+
+def supersedes(new: Evaluation, kept: Evaluation | None, *, higher_is_better: bool) -> bool:
+    """Tell whether a network is kept in the place of an earlier one.
+
+    It is, if its score is better; scores that differ by no more than the standard error of the difference are alike,
+    and then the outputs must not diverge more from the dense network's. Of equals it is the later one.
+    """
+    if kept is None:
+        return True
+    gain = (new.metric - kept.metric) * (1 if higher_is_better else -1)
+    if abs(gain) > math.hypot(new.error, kept.error) * (1 + 1e-9):
+        return gain > 0
+    return (new.divergence or 0.0) <= (kept.divergence or 0.0)
+
+
+class Loop:
+    """Takes a trainer to its last step, and leaves on disk what that takes and what came of it.
+
+    Args:
+        trainer: which may have begun already.
+        record: what is known of that.
+        scorer: of the dense network and the data.
+        plan: of the network.
+        out: where files are written to; None in all processes but the first.
+        tell: is called with the number of steps done, the best score so far where it is news, and a few words.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        record: Record,
+        *,
+        scorer: Scorer,
+        plan: Plan,
+        out: Path | None,
+        tell: Callable[[int, float | None, str], None],
+    ) -> None:
+        self.trainer, self.record, self.plan, self.out, self.tell = trainer, record, plan, out, tell
+        self.scorer, self.data = scorer, scorer.data
+        self._began = time.monotonic() - record.seconds
+
+    def run(self) -> Record:
+        """Train to the last step and return the record then.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        trainer = self.trainer
+        per_epoch = train_batch_count(self.data.size("train"), trainer.settings.batch_size)
+        saved = time.monotonic()
+        while trainer.step < trainer.total_steps:
+            epoch_ends = min((trainer.step // per_epoch + 1) * per_epoch, trainer.total_steps)
+            # in the same portions however often it is resumed
+            portion = min(_TELL - trainer.step % _TELL, epoch_ends - trainer.step)
+            report = trainer.advance(portion)
+            if not math.isfinite(report.loss):
+                raise TrainingError(
+                    f"the fine-tune diverged at step {report.step} of {report.total_steps}, with a highest learning "
+                    f"rate of {trainer.settings.lr:g}: pass a lower --lr, and another --out"
+                )
+            self._add(losses=_sum(self.record.losses, report.loss, portion))
+            self.tell(report.step, None, f"loss {report.loss:.4f}")
+            if trainer.step == epoch_ends and self.out is not None:
+                self._evaluate(report, trainer.step / per_epoch, self.out)
+            if self.out is not None and (trainer.step == epoch_ends or time.monotonic() - saved > _SAVE_SECONDS):
+                self._add(seconds=time.monotonic() - self._began)
+                save_record(self.record, trainer.state(), self.out / CHECKPOINT)
+                saved = time.monotonic()
+        return self.record
+
+    def _add(self, **news: object) -> None:
+        self.record = self.record.model_copy(update=news)
+
+    def _evaluate(self, report: StepReport, epoch: float, out: Path) -> None:
+        """Score the network as it stands, keep it if it is the best, and log that."""
+        small = self._settled()
+        found, kept = self.scorer.validate(small), self.record.kept
+        better = supersedes(
+            found, None if kept is None else kept.evaluation, higher_is_better=self.data.task.higher_is_better
+        )
+        total, steps = self.record.losses
+        row = Row(
+            step=report.step,
+            epoch=epoch,
+            loss=total / steps,
+            lr=report.learning_rate,
+            metric=found.metric,
+            error=found.error,
+            divergence=found.divergence,
+            images_per_second=report.images_per_second,
+            seconds=time.monotonic() - self._began,
+            kept=better,
+        )
+        if better:
+            save_compressed(small, self.plan, out / COMPRESSED, epochs=epoch)
+        self._add(log=(*self.record.log, row), losses=(0.0, 0))
+        save_log(self.record, self.data.task.metric_name, out / LOG)
+        best = row if better or kept is None else kept
+        self.tell(report.step, best.metric, f"epoch {epoch:g} scored {row.metric:.4f}, loss {row.loss:.4f}")
+
+    def _settled(self) -> nn.Module:
+        """Return a copy whose batch norms know more than the last few batches."""
+        small = copy.deepcopy(self.trainer.model).eval()
+        images = min(_MOST_SETTLING, max(1, self.data.size("train") // _SETTLING))
+        settle(small, self.data, images=images, seed=self.plan.decomposition.seed, device=self.scorer.device)
+        return small
+
+
+def _sum(losses: tuple[float, int], mean: float, steps: int) -> tuple[float, int]:
+    total, count = losses
+    return total + mean * steps, count + steps

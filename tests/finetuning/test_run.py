@@ -1,0 +1,199 @@
+import copy
+import csv
+import json
+
+import pytest
+import torch
+
+import kronsearch as ks
+from kronsearch.errors import CheckpointError, TrainingError
+from kronsearch.finetuning import loop
+from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
+from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.training.evaluate import evaluate, outputs
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+def stopping_at(step):
+    def watch(progress):
+        if progress.phase == "finetune" and progress.done >= step:
+            raise Stopped
+
+    return watch
+
+
+@pytest.fixture(scope="module")
+def begin(model, plan, data):
+    def begin(out, **options):
+        return ks.finetune(model, plan, data, **{"epochs": 2.5, "batch_size": 10, "lr": 0.002, "out": out} | options)
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def whole(begin, tmp_path_factory):
+    """A fine-tune of 15 steps, 6 of them an epoch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = begin(tmp_path_factory.mktemp("whole"))
+    torch.set_num_threads(before)
+    return found
+
+
+def rows(folder):
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_logs_each_epoch_and_keeps_the_best(whole, model, plan, data):
+    log = rows(whole.out)
+    assert [(row["step"], row["epoch"]) for row in log] == [("6", "1.0"), ("12", "2.0"), ("15", "2.5")]
+    assert list(log[0]) == [
+        *("step", "epoch", "loss", "lr", "accuracy", "error", "divergence", "images_per_second", "seconds", "kept"),
+    ]
+    assert not whole.was_done
+    [*_, kept] = [row for row in log if row["kept"] == "True"]
+    assert read_metadata(whole.out / "compressed.safetensors")["epochs"] == kept["epoch"]
+    saved = load_compressed(model, whole.out / "compressed.safetensors")
+    assert evaluate(saved, data, "test") == whole.compressed
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in whole.model.state_dict().items())
+    assert whole.dense == evaluate(model, data, "test")
+    assert whole.plan.compressed.params < whole.plan.dense.params == sum(p.numel() for p in model.parameters())
+    assert list(whole.log["step"]) == [6, 12, 15]
+
+
+def test_it_brings_the_network_nearer_to_its_teacher(begin, model, plan, data, tmp_path):
+    found = begin(tmp_path / "a", epochs=6, lr=0.01)
+    goal = outputs(model, data, "val")
+    before, after = (
+        evaluate(network, data, "val", teacher_outputs=goal).divergence
+        for network in (apply_plan(model, plan, data), found.model)
+    )
+    assert after < 0.5 * before
+    assert found.log["divergence"].iloc[-1] < found.log["divergence"].iloc[0]
+
+
+@pytest.mark.parametrize("step", [0, 1, 6, 9, 12, 15])
+def test_stopped_and_resumed_it_ends_with_the_same_weights(begin, whole, tmp_path, monkeypatch, step):
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", -1.0)  # after each portion
+    monkeypatch.setattr(loop, "_TELL", 2)
+    with pytest.raises(Stopped):
+        begin(tmp_path / "cut", watch=stopping_at(step))
+    again = begin(tmp_path / "cut")
+    assert not again.was_done
+    for name in ("compressed.safetensors", "checkpoint.safetensors"):
+        ours, theirs = load_state_dict(whole.out / name), load_state_dict(tmp_path / "cut" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for mine, other in zip(rows(tmp_path / "cut"), rows(whole.out), strict=True):
+        for column in ("step", "epoch", "lr", "accuracy", "error", "divergence", "kept"):
+            assert mine[column] == other[column]
+        assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
+
+
+def test_what_is_done_is_not_done_again(begin, whole):
+    before = {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()}
+    told = []
+    again = begin(whole.out, watch=told.append)
+    assert again.was_done
+    assert (again.dense, again.compressed) == (whole.dense, whole.compressed)
+    assert {progress.phase for progress in told} == {"test"}
+    assert {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()} == before
+
+
+def test_progress_tells_steps_and_scores(begin, tmp_path):
+    told = []
+    found = begin(tmp_path / "a", epochs=1.5, watch=told.append)
+    steps = [(progress.done, progress.total) for progress in told if progress.phase == "finetune"]
+    assert steps == [(0, 9), (6, 9), (6, 9), (9, 9), (9, 9)]
+    best = [progress.best for progress in told if progress.best is not None]
+    kept = found.log[found.log["kept"]]
+    assert best == [found.log["metric"][0], kept["metric"].iloc[-1]]
+    assert told[0].phase == "apply"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"epochs": 3.0}, "epochs was 2.5, is 3.0"),
+        ({"lr": None}, "lr was 0.002, is 1.4"),
+        ({"batch_size": 20}, "batch size was 10, is 20"),
+        ({"label_weight": 0.5}, "label weight was 0.0, is 0.5"),
+        ({"seed": 1}, "seed was 0, is 1"),
+    ],
+)
+def test_with_other_settings_it_is_not_resumed(begin, whole, options, told):
+    with pytest.raises(TrainingError, match=f"begun with other settings .{told}.*pass another --out") as caught:
+        begin(whole.out, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_from_another_beginning_it_is_not_resumed(whole, model, plan, data, make_data, tmp_path):
+    small = apply_plan(model, plan)
+    save_compressed(small, plan, tmp_path / "small.safetensors")
+    with pytest.raises(TrainingError, match="network was"):
+        ks.finetune(model, tmp_path / "small.safetensors", data, epochs=2.5, out=whole.out)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter("head.bias").add_(1)
+    with pytest.raises(TrainingError, match="weights was"):
+        ks.finetune(other, plan, data, epochs=2.5, out=whole.out)
+    with pytest.raises(TrainingError, match="data was"):
+        ks.finetune(model, plan, make_data(9), epochs=2.5, out=whole.out)
+
+
+def test_a_compressed_network_goes_on_from_its_own_weights(model, plan, data, tmp_path):
+    small = apply_plan(model, plan, data)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1.01)
+    file = tmp_path / "small.safetensors"
+    save_compressed(small, plan, file)
+    found = ks.finetune(model, str(file), data, epochs=0.1, batch_size=10, lr=1e-12, out=tmp_path / "out")
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(found.model.get_parameter(name), parameter.detach())
+    save_compressed(small, plan, tmp_path / "compressed.safetensors")
+    with pytest.raises(TrainingError, match=r"compressed\.safetensors is there already"):
+        ks.finetune(model, tmp_path / "compressed.safetensors", data, out=tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_leaves_the_checkpoint(begin, tmp_path):
+    with pytest.raises(TrainingError, match=r"diverged at step .* of 18, .* rate of 1e\+30: pass a lower --lr"):
+        begin(tmp_path, epochs=3, lr=1e30)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_senseless_settings_are_one_line(begin, tmp_path):
+    with pytest.raises(TrainingError, match="must be positive"):
+        begin(tmp_path / "a", epochs=-1)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="can't be read as a safetensors file"):
+        begin(tmp_path)
+    save_safetensors({}, path, {"format": "other"})
+    with pytest.raises(CheckpointError, match="is not the checkpoint of a fine-tune"):
+        begin(tmp_path)
+    metadata = read_metadata(whole.out / path.name)
+    record = json.loads(metadata["record"])
+    state = load_state_dict(whole.out / path.name)
+    for change, match in (({"version": 2}, "has version 2, this kronsearch reads 1"), ({"log": 3}, "is not a valid")):
+        save_safetensors(state, path, metadata | {"record": json.dumps(record | change)})
+        with pytest.raises(CheckpointError, match=match):
+            begin(tmp_path)
+    for name, tensor in (
+        ("generator", torch.zeros(3, dtype=torch.uint8)),
+        ("place", torch.tensor([5, 2**40])),
+        ("place", torch.tensor([2**40, 0])),
+        ("model/head.bias", torch.zeros(4)),
+        ("optimizer/head.bias/exp_avg", torch.zeros(4)),
+    ):
+        save_safetensors(state | {name: tensor}, path, metadata)
+        with pytest.raises(TrainingError, match=r"can't be resumed from .*: pass another --out"):
+            begin(tmp_path)
