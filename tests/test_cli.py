@@ -210,6 +210,9 @@ def test_help_tells_the_real_defaults():
     shown = " ".join(invoke("bench", "--help").stdout.split())
     assert re.search(rf"--batch [^\]]*\[default: {Settings().batch[0]}\]", shown)
     assert re.search(rf"--seconds [^\]]*\[default: {Settings().seconds:g}\]", shown)
+    shown = " ".join(invoke("finetune", "--help").stdout.split())
+    for option, name in (("epochs", "epochs"), ("batch-size", "batch_size"), ("label-weight", "label_weight")):
+        assert re.search(rf"--{option} [^\]]*\[default: {getattr(Settings(), name):g}\]", shown), name
 
 
 def test_the_file_fills_up_and_the_line_wins(calls):
@@ -253,6 +256,11 @@ def test_a_malformed_file_is_one_line(command):
         (("bench", "p.json", "--model", "zoo:digits"), "error: can't read the plan p.json"),
         (("bench", "p.safetensors", "--model", "zoo:digits"), "error: p.safetensors is not a compressed network"),
         (("bench", "p.json", "--model", "zoo:digits", "--batch", "0"), "error: --batch 0: write one count or several"),
+        (("finetune", "p.json"), "error: no --model given"),
+        (("finetune", "p.json", "--model", "zoo:digits"), "error: can't read the plan p.json"),
+        (("finetune", "p.safetensors", "--model", "zoo:digits"), "error: no --data given"),
+        (("finetune", "p.json", "--lr", "0"), "error: --lr 0.0: Input should be greater than 0"),
+        (("finetune", "p.json", "--label-weight", "2"), "error: --label-weight 2.0: Input should be less than or"),
         (("profile",), "error: no --model given"),
         (("profile", "--model", "zoo:digit"), "error: "),
         (("show", "none.json"), "error: can't read the plan none.json"),
@@ -304,6 +312,79 @@ def test_debug_may_stand_in_the_file(calls):
 def test_an_interrupted_search_tells_how_to_resume(calls):
     calls.error = KeyboardInterrupt()
     assert invoke(*RUN, code=130).stderr == "interrupted: the same line again resumes the study\n"
+
+
+@pytest.fixture
+def tuned(calls, plan, monkeypatch):
+    """Put a double in the place of the library's fine-tune, and return what it was called with."""
+    calls.tuned, calls.error = [], None
+
+    def finetune(*args, **options):
+        calls.tuned.append((args, options))
+        if calls.error is not None:
+            raise calls.error
+        result = Evaluation(0.5, 1.0, None, 10)
+        return SimpleNamespace(plan=plan, dense=result, compressed=result, was_done=False, out=Path(options["out"]))
+
+    double = ModuleType("kronsearch.finetuning.run")
+    double.finetune = finetune  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kronsearch.finetuning.run", double)
+    save_plan(plan, "plan.json")
+    return calls
+
+
+TUNE = ("finetune", "plan.json", "--model", "m:f", "--data", "digits")
+
+
+def test_options_reach_the_fine_tune(tuned):
+    result = invoke(
+        *(*TUNE, "--model-args", '{"a": 1}', "--weights", "w.pt", "--epochs", "0.5", "--lr", "1e-3", "--seed", "5"),
+        *("--batch-size", "64", "--label-weight", "0.25", "--out", "there", "--device", "cpu", "--quiet"),
+    )
+    assert tuned.load_model == ("m:f", "w.pt", {"a": 1})
+    assert tuned.load_data == ("digits", 5)
+    [(args, options)] = tuned.tuned
+    assert options.pop("watch").__name__ == "ignore"
+    assert args == (tuned.model, Path("plan.json"), tuned.data)
+    assert options == {
+        "epochs": 0.5,
+        "lr": 1e-3,
+        "batch_size": 64,
+        "label_weight": 0.25,
+        "out": "there",
+        "device": "cpu",
+        "seed": 5,
+    }
+    assert "test accuracy" in result.stdout
+    assert "written to there: compressed.safetensors, log.csv" in result.stdout
+    assert result.stderr == ""
+
+
+def test_the_fine_tune_has_its_own_defaults_and_the_data_are_split_by_the_plans_seed(tuned, plan):
+    invoke(*TUNE, "--weights", "w.pt")
+    [(_, options)] = tuned.tuned
+    assert tuned.load_data == ("digits", plan.decomposition.seed)
+    assert options["out"] == "kronsearch-finetuned"
+    for name in ("epochs", "lr", "batch_size", "label_weight", "seed"):
+        assert options[name] == getattr(Settings(), name)
+    Path("kronsearch.yaml").write_text("out: folder\nbatch-size: 32\n")
+    invoke(*TUNE, "--weights", "w.pt")
+    assert (tuned.tuned[1][1]["out"], tuned.tuned[1][1]["batch_size"]) == ("folder", 32)
+
+
+def test_an_interrupted_fine_tune_tells_how_to_resume(tuned):
+    tuned.error = KeyboardInterrupt()
+    told = "interrupted: the same line again resumes the fine-tune\n"
+    assert invoke(*TUNE, "--weights", "w.pt", code=130).stderr == told
+
+
+def test_of_several_processes_only_the_first_one_tells(tuned, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke(*TUNE)
+    assert (result.stdout, result.stderr) == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "test accuracy" in invoke(*TUNE).stdout
 
 
 def test_random_weights_are_warned_about_on_stderr(calls):

@@ -11,9 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kronsearch.cli import app
+from kronsearch.models.checkpoint import load_state_dict
 from kronsearch.plan import load_plan
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,64 @@ def test_a_plan_is_applied_and_evaluated_two_ways_alike(finished):
         *("evaluate", *MODEL, "--weights", "small.safetensors", "--data", "digits"), cwd=finished
     )
     assert on_the_fly == from_the_file
+
+
+@pytest.fixture
+def one_thread():
+    """The killed process has one, too; sums over more have other roundings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_fine_tune_that_was_killed_ends_with_the_same_weights(finished):
+    line = ("finetune", "found/plan.json", *MODEL, "--data", "digits", "--epochs", "8", "--out")
+    out, err = kronsearch(*line, "whole", cwd=finished)
+    assert "test accuracy" in out
+    assert "written to whole: compressed.safetensors, log.csv" in out
+    assert re.search(r"^fine-tuning 10/80: best 0\.\d+, \w+ left, epoch 1 scored 0\.\d+, loss ", err, re.MULTILINE)
+    process = start(*line, "killed", cwd=finished)
+    began = time.monotonic()
+    try:
+        while not (finished / "killed/checkpoint.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.01)
+        time.sleep(0.1)  # somewhere in an epoch
+    finally:
+        process.kill()
+        process.communicate()
+    steps = len((finished / "killed/log.csv").read_text().splitlines())
+    assert 2 <= steps < 9
+    resumed, err = kronsearch(*line, "killed", cwd=finished)
+    assert re.search(r"^fine-tuning [1-7]0/80: best", err, re.MULTILINE)
+    assert resumed == out.replace("whole", "killed")
+    for name in ("compressed.safetensors", "checkpoint.safetensors"):
+        ours, theirs = (load_state_dict(finished / folder / name) for folder in ("whole", "killed"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    again, err = kronsearch(*line, "killed", cwd=finished)
+    assert again == resumed.replace("written to", "had been fine-tuned before, see")
+    assert "fine-tuning" not in err
+    assert "epochs was 8.0, is 9.0" in refused(*line, "killed", "--epochs", "9", cwd=finished)
+
+
+def test_a_fine_tune_that_can_not_be_is_refused(finished, tmp_path):
+    small, plan = str(finished / "found/compressed.safetensors"), str(finished / "found/plan.json")
+    data = ("--data", "digits")
+    for args, words in (
+        ((plan, *MODEL), "no --data given"),
+        ((plan, *MODEL, "--data", "digitz"), "digitz"),
+        ((plan, *MODEL, *data, "--epochs", "0"), "--epochs 0.0: Input should be greater than 0"),
+        ((plan, "--model", "zoo:cifar_resnet20", "--data", "digits"), "shape"),
+        ((small, *MODEL, *data, "--out", str(finished / "found")), "is there already"),
+        (("none.safetensors", *MODEL, *data), "none.safetensors"),
+        ((plan, *MODEL, *data, "--lr", "1e30", "--epochs", "1", "--out", str(tmp_path / "gone")), "diverged at step"),
+    ):
+        assert words in refused("finetune", *args, "--quiet", cwd=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["gone"]
 
 
 def test_a_front_is_written_and_one_of_its_plans_applied(finished):

@@ -19,8 +19,7 @@ LINES = [
     line
     for language, block in BLOCKS
     if language in ("bash", "sh")
-    for line in block.splitlines()
-    if line.startswith("kronsearch ")
+    for line in re.findall(r"^(?:torchrun .* --no-python )?(kronsearch .*)$", block, re.MULTILINE)
 ]
 
 
@@ -39,6 +38,13 @@ def test_every_line_uses_options_that_there_are(line):
 def test_the_table_of_options_is_complete():
     section = README.split("### run")[1].split("### profile")[0]
     assert set(re.findall(r"`(--[a-z-]+)", section)) == options_of("run")
+
+
+def test_the_options_of_the_fine_tune_are_complete():
+    section = README.split("### finetune")[1].split("### evaluate")[0]
+    own, rest = section.split("`--model`, ")
+    told = set(re.findall(r"^\| `(--[a-z-]+)", own, re.MULTILINE)) | set(re.findall(r"`(--[a-z-]+)`", rest))
+    assert told | {"--model"} == options_of("finetune")
 
 
 def test_the_first_two_blocks_are_the_first_run_and_the_tests():
