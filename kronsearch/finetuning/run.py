@@ -32,7 +32,7 @@ from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import Trainer
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
-from kronsearch.training.team import Team, team_of
+from kronsearch.training.team import Team, join
 
 __all__ = ["FinetuneResult", "finetune"]
 
@@ -79,9 +79,9 @@ def finetune(
     """Fine-tune a compressed network with the dense one as its teacher; called again likewise, it resumes.
 
     The student learns the teacher's outputs and, where shapes agree, those of its blocks (see `TrainSettings`). After
-    each epoch a copy with batch norms re-estimated is scored on the validation split. The best so far is in
-    `compressed.safetensors` (see `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune
-    that is resumed from `checkpoint.safetensors` ends with the weights that it would have had.
+    each epoch it is scored on the validation split. The best so far is in `compressed.safetensors` (see
+    `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune that is resumed from
+    `checkpoint.safetensors` ends with the weights that it would have had.
 
     Started by `torchrun`, the processes train together: each takes its share of every batch of `batch_size`, and the
     first one writes.
@@ -104,13 +104,11 @@ def finetune(
         TrainingError: the loss is no longer finite, or what is in `out` is of another fine-tune.
         KronsearchError: of another kind, where plan, network and data don't go together.
     """
-    with team_of(device) as (team, own_device):
-        steps = total_steps(_settings(epochs=epochs, batch_size=batch_size), data.size("train"))
-        settings = _settings(
-            epochs=epochs, batch_size=batch_size, lr=lr or default_rate(steps), label_weight=label_weight
-        )
-        run = _Run(model, start, data, settings, Path(out), own_device, seed, team, watch if team.leads else ignore)
-        return run.to_the_end()
+    team, own_device = join(device)
+    steps = total_steps(_settings(epochs=epochs, batch_size=batch_size), data.size("train"))
+    settings = _settings(epochs=epochs, batch_size=batch_size, lr=lr or default_rate(steps), label_weight=label_weight)
+    run = _Run(model, start, data, settings, Path(out), own_device, seed, team, watch if team.leads else ignore)
+    return run.to_the_end()
 
 
 class _Run:

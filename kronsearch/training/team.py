@@ -1,8 +1,7 @@
 """Several processes that train one network: each takes its share of every batch, gradients are averaged."""
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kronsearch.errors import DataError
 from kronsearch.training.data import Batch
 
-__all__ = ["ALONE", "Team", "joined", "team_of"]
+__all__ = ["ALONE", "Team", "join", "joined"]
 
 T = TypeVar("T")
 
@@ -74,34 +73,32 @@ class Team:
 ALONE = Team()
 
 
-@contextmanager
-def team_of(device: torch.device | str) -> Iterator[tuple[Team, torch.device]]:
-    """Join the processes that `torchrun` has started, and leave them at the end; without them, be alone.
+def join(device: torch.device | str) -> tuple[Team, torch.device]:
+    """Join the processes that `torchrun` has started, until this one ends; without them, be alone.
 
-    Yields the team, and the device of this process: with CUDA the one of its local rank. A process group that the
+    Returns the team, and the device of this process: with CUDA the one of its local rank. A process group that the
     caller has made is used as it is.
     """
     device, team = torch.device(device), joined()
-    if device.type == "cuda" and device.index is None and team.size > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if team.size == 1 or _initialised():
-        yield team, device
-        return
-    if device.type == "cuda":
-        distributed.init_process_group("nccl", device_id=device)
-    else:
-        distributed.init_process_group("gloo")
-    try:
-        yield team, device
-    finally:
-        distributed.destroy_process_group()
+    if team.size > 1:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if not _initialised():
+            if device.type == "cuda":
+                distributed.init_process_group("nccl", device_id=device)
+            else:
+                distributed.init_process_group("gloo")
+            # not sooner: torchrun's processes can't find each other a second time
+            atexit.register(distributed.destroy_process_group)
+    return team, device
 
 
 def joined() -> Team:
     """Return the team that this process is of, by the caller's process group or else by what `torchrun` tells it."""
     if _initialised():
         return Team(distributed.get_rank(), distributed.get_world_size())
-    return Team(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Team(int(os.environ.get("RANK", "0")), size) if size > 1 else ALONE
 
 
 def _initialised() -> bool:
