@@ -51,6 +51,20 @@ def test_without_a_terminal_a_line_for_each_phase_and_each_trial(stream, clock):
     ]
 
 
+def test_a_fine_tune_has_a_line_for_each_evaluation(stream, clock):
+    with view(stream, clock) as watch:
+        watch(Progress(phase="apply", done=0, total=1))
+        watch(Progress(phase="finetune", done=40, total=100, best=0.9))  # resumed
+        clock.now = 10
+        watch(Progress(phase="finetune", done=50, total=100, message="loss 0.2"))
+        watch(Progress(phase="finetune", done=60, total=100, message="epoch 6 scored 0.91", best=0.91))
+    assert stream.getvalue().splitlines() == [
+        "applying the plan",
+        "fine-tuning 40/100: best 0.9000",
+        "fine-tuning 60/100: best 0.9100, 20s left, epoch 6 scored 0.91",
+    ]
+
+
 def test_a_line_tells_best_budget_and_time_left(stream, clock):
     watch = view(stream, clock)
     watch(Progress(phase="trials", done=7, total=20))

@@ -75,11 +75,7 @@ class Loop:
             # in the same portions however often it is resumed
             portion = min(_TELL - trainer.step % _TELL, epoch_ends - trainer.step)
             report = trainer.advance(portion)
-            if not math.isfinite(report.loss):
-                raise TrainingError(
-                    f"the fine-tune diverged at step {report.step} of {report.total_steps}, with a highest learning "
-                    f"rate of {trainer.settings.lr:g}: pass a lower --lr, and another --out"
-                )
+            self._check(report, report.loss)
             self._add(losses=_sum(self.record.losses, report.loss, portion))
             self.tell(report.step, None, f"loss {report.loss:.4f}")
             if trainer.step == epoch_ends and self.out is not None:
@@ -90,6 +86,13 @@ class Loop:
                 saved = time.monotonic()
         return self.record
 
+    def _check(self, report: StepReport, *figures: float) -> None:
+        if not all(map(math.isfinite, figures)):
+            raise TrainingError(
+                f"the fine-tune diverged at step {report.step} of {report.total_steps}, with a highest learning rate "
+                f"of {self.trainer.settings.lr:g}: pass a lower --lr, and another --out"
+            )
+
     def _add(self, **news: object) -> None:
         self.record = self.record.model_copy(update=news)
 
@@ -99,6 +102,7 @@ class Loop:
         # divergence for ResNet-20 at a third of the MACs after one epoch)
         small = self.trainer.model
         found, kept = self.scorer.validate(small), self.record.kept
+        self._check(report, found.metric, found.loss, found.divergence or 0.0)
         better = supersedes(
             found, None if kept is None else kept.evaluation, higher_is_better=self.data.task.higher_is_better
         )

@@ -146,7 +146,8 @@ class _Run:
     def to_the_end(self) -> FinetuneResult:
         """Begin or resume, train, and evaluate the best network."""
         found = self.team.from_leader(self._found() if self.team.leads else None)
-        make_folder(self.out)
+        if self.team.leads:
+            make_folder(self.out)
         if found is None:
             self._tell("apply", 0, 1)
             small = self._beginning()
