@@ -103,7 +103,7 @@ class Trainer:
             (inputs, targets), part = self._team.share(batch)
             with _own_randomness(seed + self._team.rank, self._device):
                 loss = part * self._loss(inputs, targets)
-                loss.backward()  # type: ignore[no-untyped-call]
+                self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)

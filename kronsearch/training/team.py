@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,6 +54,13 @@ class Team:
             return model
         # A static graph lets parameters be without use, and losses come from the outputs of blocks.
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, static_graph=True)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Call `backward` of a loss."""
+        with warnings.catch_warnings():
+            # of a kernel with one channel, whose layouts are two names for one order
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def average(self, value: Tensor) -> Tensor:
         """Return the average of a tensor over the processes."""

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+    assert "Warning" not in done.stderr
     return folder
 
 
