@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -86,7 +87,7 @@ class SeKronSpec:
         """S, the number of factors."""
         return len(self.factor_shapes)
 
-    @property
+    @cached_property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape of the kernel, (out channels, in channels, *extent)."""
         return tuple(map(prod, zip(*self.factor_shapes, strict=True)))
@@ -120,7 +121,7 @@ class SeKronSpec:
         """
         return self.ranks[: k + 1] if self.coupling == "tree" else self.ranks[max(k - 1, 0) : k + 1]
 
-    @property
+    @cached_property
     def tensor_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the S factor tensors, each its rank indices and then its factor shape."""
         return tuple((*self.rank_shape(k), *shape) for k, shape in enumerate(self.factor_shapes))

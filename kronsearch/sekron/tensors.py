@@ -7,8 +7,9 @@ of terms here holds for trees; chains have a page of their own.
 """
 
 from collections.abc import Collection, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +22,40 @@ from kronsearch.sekron.spec import SeKronSpec
 __all__ = ["balance", "balanced_factors", "fold_kernel", "leaves", "merge", "reconstruct", "unfold_kernel"]
 
 
+class _Folds(NamedTuple):
+    """The shapes and orders of a kernel's digits, by mode and by factor."""
+
+    by_mode: tuple[int, ...]
+    to_factors: tuple[int, ...]
+    by_factor: tuple[int, ...]
+    to_modes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+
+
+@lru_cache(maxsize=2**12)  # a training step needs them again and again
+def _folds(factor_shapes: FactorShapes) -> _Folds:
+    length, modes = len(factor_shapes), len(factor_shapes[0])
+    return _Folds(
+        by_mode=tuple(shape[mode] for mode in range(modes) for shape in factor_shapes),
+        to_factors=tuple(mode * length + k for k in range(length) for mode in range(modes)),
+        by_factor=tuple(n for shape in factor_shapes for n in shape),
+        to_modes=tuple(k * modes + mode for mode in range(modes) for k in range(length)),
+        sizes=tuple(prod(shape) for shape in factor_shapes),
+        kernel_shape=tuple(prod(shape[mode] for shape in factor_shapes) for mode in range(modes)),
+    )
+
+
 def unfold_kernel(kernel: Tensor, factor_shapes: FactorShapes) -> Tensor:
     """Rearrange a kernel into the tensor with one mode of extent `prod(factor_shapes[k])` for each factor."""
-    length, modes = len(factor_shapes), kernel.ndim
-    digits = kernel.reshape([shape[mode] for mode in range(modes) for shape in factor_shapes])
-    grouped = digits.permute([mode * length + k for k in range(length) for mode in range(modes)])
-    return grouped.reshape([prod(shape) for shape in factor_shapes])
+    folds = _folds(factor_shapes)
+    return kernel.reshape(folds.by_mode).permute(folds.to_factors).reshape(folds.sizes)
 
 
 def fold_kernel(tensor: Tensor, factor_shapes: FactorShapes) -> Tensor:
     """Undo `unfold_kernel`."""
-    length, modes = len(factor_shapes), len(factor_shapes[0])
-    digits = tensor.reshape([n for shape in factor_shapes for n in shape])
-    grouped = digits.permute([k * modes + mode for mode in range(modes) for k in range(length)])
-    return grouped.reshape([prod(shape[mode] for shape in factor_shapes) for mode in range(modes)])
+    folds = _folds(factor_shapes)
+    return tensor.reshape(folds.by_factor).permute(folds.to_modes).reshape(folds.kernel_shape)
 
 
 def leaves(factors: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
@@ -58,13 +79,21 @@ def as_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ..
 
 
 def contract(matrices: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """Sum the outer products of all terms: the tensor (n_1, …, n_S) of factor matrices (terms of its own, n_k)."""
-    columns = leaves(matrices, ranks)
-    first, *others = columns
-    khatri_rao = first.new_ones(len(first), 1)
-    for column in others:
-        khatri_rao = (khatri_rao[:, :, None] * column[:, None, :]).flatten(1)
-    return (first.T @ khatri_rao).reshape([matrix.shape[1] for matrix in matrices])
+    """Sum the outer products of all terms: the tensor (n_1, …, n_S) of factor matrices (terms of its own, n_k).
+
+    The innermost sums are done first, as the terms are nested: of CP it is one product with its Khatri-Rao product.
+    """
+    *others, tail = matrices
+    for matrix, rank in zip(reversed(others), reversed(ranks), strict=True):
+        terms = len(matrix) // rank
+        if rank == 1:
+            tail = matrix[:, :, None] * tail[:, None, :]
+        elif terms == 1:
+            tail = matrix.T @ tail
+        else:
+            tail = matrix.reshape(terms, rank, -1).transpose(1, 2) @ tail.reshape(terms, rank, -1)
+        tail = tail.reshape(terms, -1)
+    return tail.reshape([matrix.shape[1] for matrix in matrices])
 
 
 def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
