@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron.execution import Geometry, Stage
+from kronsearch.sekron.inference import across, along, crosses, is_channels_last, spread
 from kronsearch.sekron.layers import Conv, SeKronLayer, to_dense
+from kronsearch.sekron.layout import Layout, plan_layout
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 
@@ -83,6 +85,8 @@ class SeKronConv(SeKronLayer):
         )
         super().__init__(spec, geometry, bias=bias, dtype=dtype, device=device)
         self.padding_mode = padding_mode
+        self._last_layout = plan_layout(spec, geometry, self.stages, channels_last=True)
+        self._crosses = crosses(self.stages, self._last_layout)
 
     @classmethod
     def from_conv(
@@ -150,18 +154,37 @@ class SeKronConv(SeKronLayer):
             data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self._run_dense(data) if self.forms_kernel else self.run(data)
 
+    def _infer(self, data: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        if data.device.type != "cpu" or data.ndim != 4:
+            return super()._infer(data, factors)
+        last = is_channels_last(data)
+        if not last and not self._crosses:
+            return super()._infer(data, factors)
+        bias = self.bias if self._bias_in_stage else None
+        weights = self._kept_weights(factors, self._last_layout)
+        if last:
+            return self._with_bias(along(data, self.stages, self._last_layout, weights, bias, self._stage))
+        return self._with_bias(across(data, self.stages, weights, bias, self._stage))
+
+    def _weights(self, factors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        weights = super()._weights(factors, layout)
+        if layout is not self._last_layout:
+            return weights
+        return [spread(*one) for one in zip(self.stages, layout.views, weights, strict=True)]
+
     def _run_dense(self, data: Tensor) -> Tensor:
         """Convolve with the kernel, formed in the factors' own precision."""
+        self._forget()
         with torch.autocast(data.device.type, enabled=False):
             kernel = self.kernel
         return self._convolve(data, kernel, self.bias, self.geometry, self.geometry.groups)
 
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._convolve(data, weight, bias, stage.geometry, stage.groups)
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:
+        return self._convolve(data, weight, bias, stage.geometry, stage.groups * times)
 
     def _convolve(self, data: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
-        padding = [0 if geometry.padded_first else before for before, _ in geometry.padding]
-        return type(self).convolve(data, weight, bias, geometry.stride, padding, geometry.dilation, groups)
+        convolve = type(self).convolve
+        return convolve(data, weight, bias, geometry.stride, geometry.padding_inside, geometry.dilation, groups)
 
 
 class SeKronConv1d(SeKronConv):

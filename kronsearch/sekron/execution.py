@@ -14,6 +14,7 @@ stage has as many more groups; all other stages do the same to every group, as t
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from kronsearch.errors import SpecError
@@ -40,6 +41,11 @@ class Geometry:
     padding: tuple[tuple[int, int], ...] = ()
     padded_first: bool = False
     groups: int = 1
+
+    @cached_property
+    def padding_inside(self) -> tuple[int, ...]:
+        """The zeros that a convolution adds by itself on each axis, before and after."""
+        return tuple(0 if self.padded_first else before for before, _ in self.padding)
 
     def output_size(self, input_size: Sequence[int], extent: Sequence[int]) -> tuple[int, ...]:
         """Return the number of output positions on each axis for a kernel of this extent."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from kronsearch.errors import SpecError
 from kronsearch.sekron.decomposition import decompose
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages
-from kronsearch.sekron.layout import Move, plan_layout
+from kronsearch.sekron.inference import Kept, may_keep, moved
+from kronsearch.sekron.layout import Layout, Move, plan_layout
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import merge, reconstruct
@@ -21,21 +22,11 @@ __all__ = ["Conv", "SeKronLayer", "SeKronLinear", "to_dense"]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def moved(data: Tensor, digits: Move, shape: Sequence[int], lead: Sequence[int], tail: Sequence[int]) -> Tensor:
-    """View data as `(*lead, *digits, *tail)`, put the digits into their order, view as `shape`.
-
-    It copies only where something moves.
-    """
-    sizes, order = digits
-    if list(order) != sorted(order):
-        start, end = len(lead), len(lead) + len(sizes)
-        dims = (*range(start), *(start + digit for digit in order), *range(end, end + len(tail)))
-        data = data.reshape((*lead, *sizes, *tail)).permute(dims)
-    return data.reshape(tuple(shape))
-
-
 class SeKronLayer(nn.Module):
     """Base of the factorised layers: parameters, the walk through the stages, and the way back to the kernel.
+
+    In eval mode, without gradients, the weights of the stages are formed once and kept until the factors change or are
+    trained. What is written to `factor.data`, or through another library, can't be noticed: call `eval()` after it.
 
     Args:
         spec: sequence and ranks.
@@ -47,6 +38,7 @@ class SeKronLayer(nn.Module):
 
     factors: nn.ParameterList
     bias: nn.Parameter | None
+    _kept: Kept | None = None
 
     def __init__(
         self,
@@ -61,6 +53,7 @@ class SeKronLayer(nn.Module):
         self.spec, self.geometry = spec, geometry
         self.stages = plan_stages(spec, geometry)
         self._layout = plan_layout(spec, geometry, self.stages)
+        self._bias_in_stage = self.stages[-1].groups * self.stages[-1].group_out == spec.kernel_shape[0]
         self.factors = nn.ParameterList(torch.zeros(shape, dtype=dtype, device=device) for shape in spec.tensor_shapes)
         zeros = torch.zeros(spec.kernel_shape[0], dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
@@ -90,21 +83,51 @@ class SeKronLayer(nn.Module):
 
     def run(self, data: Tensor) -> Tensor:
         """Run all stages on data (examples, in channels, *positions), and add the bias."""
+        factors = [f for f in self.factors._parameters.values() if f is not None]  # the list takes ten times as long
+        if not self.training and may_keep(factors):
+            return self._infer(data, factors)
+        self._forget()
+        return self._walk(data, self._weights(factors, self._layout))
+
+    def _infer(self, data: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Do the same in eval mode without gradients."""
+        return self._walk(data, self._kept_weights(factors, self._layout))
+
+    def _kept_weights(self, factors: Sequence[Tensor], layout: Layout) -> Sequence[Tensor]:
+        if self._kept is None or not self._kept.fit(factors, layout):
+            self._kept = Kept.of(factors, layout, lambda: self._weights(factors, layout))
+        return self._kept.weights
+
+    def _forget(self) -> None:
+        """Drop the weights that are kept."""
+        if self._kept is not None and not torch.compiler.is_compiling():
+            self._kept = None
+
+    def _walk(self, data: Tensor, weights: Sequence[Tensor]) -> Tensor:
         examples, positions, out_channels = len(data), data.shape[2:], self.spec.kernel_shape[0]
-        last = self.stages[-1]
-        biased = last.groups * last.group_out == out_channels  # the last stage can add the bias
-        factors = tuple(self.factors)
-        for stage, view in zip(self.stages, self._layout.views, strict=True):
-            channels = stage.groups * stage.group_in
-            longer = positions if view.back == 1 else (view.back * positions[0], *positions[1:])
-            data = moved(data, view.data, (examples * view.front, channels, *longer), (examples,), positions)
-            bias = self.bias if biased and stage is last else None
-            data = self._stage(stage, data, self._weight(factors, stage, view.weight), bias)
+        last, bias = self.stages[-1], self.bias if self._bias_in_stage else None
+        for stage, view, weight in zip(self.stages, self._layout.views, weights, strict=True):
+            if not view.ready:
+                channels = stage.groups * stage.group_in
+                longer = positions if view.back == 1 else (view.back * positions[0], *positions[1:])
+                data = moved(data, view.data, (examples * view.front, channels, *longer), (examples,), positions)
+            data = self._stage(stage, data, weight, bias if stage is last else None)
             positions = data.shape[2:] if view.back == 1 else positions
-        data = moved(data, self._layout.outputs, (examples, out_channels, *positions), (examples,), positions)
-        if self.bias is not None and not biased:
-            data = data + self.bias.to(data.dtype).reshape(-1, *(1,) * len(positions))  # the dtype is autocast's
-        return data
+        if not self._layout.ready:
+            data = moved(data, self._layout.outputs, (examples, out_channels, *positions), (examples,), positions)
+        return self._with_bias(data)
+
+    def _with_bias(self, data: Tensor) -> Tensor:
+        """Add the bias, where the last stage can't."""
+        if self.bias is None or self._bias_in_stage:
+            return data
+        return data + self.bias.to(data.dtype).reshape(-1, *(1,) * (data.ndim - 2))  # the dtype is autocast's
+
+    def _weights(self, factors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        """Form the weights of all stages."""
+        return [
+            self._weight(factors, stage, view.weight) for stage, view in zip(self.stages, layout.views, strict=True)
+        ]
 
     def _weight(self, factors: Sequence[Tensor], stage: Stage, digits: Move) -> Tensor:
         """View the factor of a stage as its weight (groups · group_out, group_in, *extent)."""
@@ -112,15 +135,24 @@ class SeKronLayer(nn.Module):
         return moved(merge(factors, self.spec, stage.factors), digits, shape, (), stage.extent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forget()
         # Module.to(memory_format=channels_last) takes a factor of five dimensions for an image, and fails on it
         super()._apply(  # type: ignore[no-untyped-call]
             lambda t: fn(t.flatten()).reshape(t.shape) if t.ndim > 4 else fn(t), recurse
         )
         return self
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as any module does, and drop the weights that were kept."""
+        self._forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
     @abstractmethod
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run one stage on data (batch, groups · group_in, *positions)."""
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:
+        """Run one stage on data (batch, groups · group_in, *positions), in so many times its groups."""
 
     def extra_repr(self) -> str:
         """Show the spec beside the geometry."""
@@ -182,7 +214,7 @@ class SeKronLinear(SeKronLayer):
         rows = self.run(data.reshape(-1, data.shape[-1]))
         return rows.reshape(*data.shape[:-1], rows.shape[-1])
 
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:  # noqa: ARG002
         if stage.groups == 1:
             return F.linear(data, weight, bias)
         inputs = data.reshape(len(data), stage.groups, stage.group_in).transpose(0, 1)

@@ -4,6 +4,9 @@ A stage takes data as (batch, channels, *positions), its channels being `groups 
 of the in channels, the most significant first, and end as those of the out channels; in between they are where the last
 stage left them. A factor's digits are then put into the data's order, for factors are small. A pointwise stage can have
 batch digits behind its channels too: it doesn't care which positions it sees, so that they are positions.
+
+Where channels are the last dimension in memory, digits behind a stage's channels would tear them apart; all others go
+in front of them there.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,11 @@ class Move(NamedTuple):
     sizes: tuple[int, ...]
     order: tuple[int, ...]
 
+    @property
+    def still(self) -> bool:
+        """Whether they are in that order."""
+        return self.order == tuple(range(len(self.order)))
+
 
 @dataclass(frozen=True)
 class View:
@@ -35,24 +43,36 @@ class View:
         front: by how much the batch exceeds the number of examples, then.
         back: by how much the digits behind the channels multiply the positions.
         weight: the digits of the factors, as those of `(groups · group_out, group_in)`.
+        ready: whether the stage before leaves the data as this one takes them, their shape included.
     """
 
     data: Move
     front: int
     back: int
     weight: Move
+    ready: bool
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The views of all stages, and how the digits of the out channels are put into place at the end."""
+    """The views of all stages, how the digits of the out channels are put into place, and if they are there."""
 
     views: tuple[View, ...]
     outputs: Move
+    ready: bool
 
 
-def plan_layout(spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage]) -> Layout:
-    """Return the layout of a layer's stages. Digits of one value are left out."""
+def plan_layout(
+    spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage], *, channels_last: bool = False
+) -> Layout:
+    """Return the layout of a layer's stages. Digits of one value are left out.
+
+    Args:
+        spec: of the layer.
+        geometry: of the layer.
+        stages: of the layer.
+        channels_last: whether the channels are the last dimension in memory, and other digits go in front of a stage's.
+    """
     sizes = _sizes(spec, geometry, stages)
 
     def wide(digits: Sequence[Digit]) -> list[Digit]:
@@ -63,7 +83,7 @@ def plan_layout(spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage]) -
 
     firsts = sorted(stage.factors[0] for stage in stages)
     data = wide([("groups", 0), *(("in", k) for k in firsts)])
-    views, done = [], set[int]()
+    views, done, ready = list[View](), set[int](), True
     for stage in stages:
         first = stage.factors[0]
         done.update(stage.factors)
@@ -72,21 +92,25 @@ def plan_layout(spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage]) -
         own = [*ranks, *wide([("groups", 0)] if first == 0 else []), *wide([("out", first), ("in", first)])]
         met = [digit for digit in data if digit in own]
         split, summed = [d for d in met if d in still], [d for d in met if d not in still]
-        front, back = _around(stage, data, split + summed)
+        front, back = _around(stage, data, split + summed, channels_last)
         made = [rank for rank in ranks if rank not in met]
         out = wide([("out", first)])
         # new ranks go beside the in channels that they will be summed with
-        made = out + made if any(kind == "in" for kind, _ in back) else made + out
+        made = out + made if channels_last or any(kind == "in" for kind, _ in back) else made + out
+        here = move(data, front + split + summed + back)
+        alone = not front and not back
         views.append(
             View(
-                data=move(data, front + split + summed + back),
+                data=here,
                 front=prod(sizes[digit] for digit in front),
                 back=prod(sizes[digit] for digit in back),
                 weight=move(own, split + made + summed),
+                ready=ready and alone and here.still,
             )
         )
-        data = front + split + made + back
-    return Layout(tuple(views), move(data, wide([("groups", 0), *(("out", k) for k in firsts)])))
+        data, ready = front + split + made + back, alone
+    outputs = move(data, wide([("groups", 0), *(("out", k) for k in firsts)]))
+    return Layout(tuple(views), outputs, ready and outputs.still)
 
 
 def _sizes(spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage]) -> dict[Digit, int]:
@@ -100,10 +124,12 @@ def _sizes(spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage]) -> dic
     return sizes
 
 
-def _around(stage: Stage, data: list[Digit], channels: list[Digit]) -> tuple[list[Digit], list[Digit]]:
+def _around(
+    stage: Stage, data: list[Digit], channels: list[Digit], channels_last: bool
+) -> tuple[list[Digit], list[Digit]]:
     """Return the batch digits that go in front of a stage's channels, and those that go behind."""
     batch = [digit for digit in data if digit not in channels]
-    if not stage.pointwise:
+    if channels_last or not stage.pointwise:
         return batch, []
     start = data.index(channels[0]) if channels else len(data)
     if data[start : start + len(channels)] == channels:

@@ -104,6 +104,21 @@ class LayerConformance:
         for found_gradient, expected_gradient in zip(found_gradients, expected_gradients, strict=True):
             close(found_gradient, expected_gradient, EXACT)
 
+    def test_inference(self, case):
+        """In eval mode without gradients a layer runs otherwise, in each memory layout: the outputs are the same."""
+        layer, data = self.create(case), draw(case.input_shape)
+        expected = self.run(layer, data).detach()
+        layer.eval()
+        inputs = [data]
+        if data.ndim == 4:
+            inputs += [data.to(memory_format=torch.channels_last)]
+            inputs += [data.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), data[:1], data[:0]]
+        for images in inputs:
+            for without in (torch.no_grad, torch.inference_mode):
+                with without():
+                    for _ in range(2):
+                        close(self.run(layer, images), expected[: len(images)], EXACT)
+
 
 class LayerLife(LayerConformance):
     """Further checks, for fewer cases: a layer is saved, copied, cast and shown as any module is."""
