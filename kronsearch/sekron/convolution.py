@@ -19,6 +19,10 @@ from kronsearch.sekron.spec import SeKronSpec
 
 __all__ = ["SeKronConv", "SeKronConv1d", "SeKronConv2d", "SeKronConv3d", "conv_geometry", "conv_like", "kernels_formed"]
 
+# With channels last throughout, layers of two factors (64 channels at 28 × 28, 32 at 32 × 32, one thread) take 0.5 to 0.8
+# of the time without moves, 0.7 to 0.9 with one, 0.9 to 1.3 with two: medians for each width of the groups.
+_MOVES = 2
+
 
 def conv_geometry(conv: Conv) -> Geometry:
     """Return a convolution's geometry; what zero padding inside of a stage can't do becomes padding beforehand."""
@@ -87,6 +91,7 @@ class SeKronConv(SeKronLayer):
         self.padding_mode = padding_mode
         self._last_layout = plan_layout(spec, geometry, self.stages, channels_last=True)
         self._crosses = crosses(self.stages, self._last_layout)
+        self._stays_last = self._last_layout.moves < _MOVES
 
     @classmethod
     def from_conv(
@@ -160,6 +165,8 @@ class SeKronConv(SeKronLayer):
         last = is_channels_last(data)
         if not last and not self._crosses:
             return super()._infer(data, factors)
+        if last and not self._stays_last:
+            return super()._infer(data.contiguous(), factors).contiguous(memory_format=torch.channels_last)
         bias = self.bias if self._bias_in_stage else None
         weights = self._kept_weights(factors, self._last_layout)
         if last:

@@ -154,7 +154,8 @@ def _stage_geometry(
         stride.append(steps if nowhere or own[axis] > 1 == after[axis] else 1)
     return Geometry(
         stride=tuple(stride),
-        dilation=tuple(d * n for d, n in zip(geometry.dilation, behind, strict=True)),
+        # a single tap is no farther from itself; torch has but a slow convolution for one that is dilated
+        dilation=tuple(d * n if k > 1 else 1 for d, n, k in zip(geometry.dilation, behind, own, strict=True)),
         padding=tuple(padding),
     )
 

@@ -61,6 +61,11 @@ class Layout:
     outputs: Move
     ready: bool
 
+    @property
+    def moves(self) -> int:
+        """How often digits have to change places."""
+        return sum(not move.still for move in (*(view.data for view in self.views), self.outputs))
+
 
 def plan_layout(
     spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage], *, channels_last: bool = False

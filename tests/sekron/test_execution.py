@@ -101,6 +101,13 @@ def test_a_linear_pair():
     assert count_macs(spec, Geometry(), (tokens,)) == tokens * (3 * (4 * R) * 4 + 4 * (4 * R * 3))
 
 
+def test_a_single_tap_is_not_dilated():
+    """Torch runs a dilated convolution of one tap many times slower than one that is not."""
+    spec = SeKronSpec(((F, 1, 1, 1), (1, 1, KH, 1), (1, C, 1, KW)), (4, 2))
+    stages = plan_stages(spec, geometry_of(dilation=(2, 3), padding=(2, 2)))
+    assert [stage.geometry.dilation for stage in stages] == [(1, 3), (2, 1), (1, 1)]
+
+
 def test_padding_beforehand_is_seen_by_every_stage():
     R = 7
     spec = SeKronSpec(((F, 1, KH, 1), (1, C, 1, KW)), (R,))
@@ -115,13 +122,13 @@ def test_a_stage_by_stage_plan():
     assert (first.factors, first.batch, first.groups, first.group_in, first.group_out) == ((1,), 1, 1, C, 7)
     assert (first.extent, first.geometry) == ((1, KW), Geometry((1, 3), (1, 2), ((0, 0), (4, 4))))
     assert (second.factors, second.batch, second.groups, second.group_in, second.group_out) == ((0,), 1, 1, 7, F)
-    assert (second.extent, second.geometry) == ((KH, 1), Geometry((2, 1), (1, 2 * KW), ((1, 1), (0, 0))))
+    assert (second.extent, second.geometry) == ((KH, 1), Geometry((2, 1), (1, 1), ((1, 1), (0, 0))))
 
 
 def test_taps_of_an_earlier_factor_lie_as_far_apart_as_the_later_ones_are_wide():
     spec = SeKronSpec(((2, 1, 2, 3), (1, 2, 3, 1), (2, 2, 2, 2)), (2, 1))
     dilations = [stage.geometry.dilation for stage in plan_stages(spec, geometry_of(dilation=(1, 2)))]
-    assert dilations == [(1, 2), (2, 2 * 2), (2 * 3, 2 * 2 * 1)]
+    assert dilations == [(1, 2), (2, 1), (2 * 3, 2 * 2 * 1)]  # the second factor has one tap along the width
 
 
 def test_a_pointwise_layer_is_strided_and_padded_at_once():

@@ -16,9 +16,7 @@ def layout_of(spec, geometry=SAME):
 
 def moves(spec, geometry=SAME):
     """Count how often data move."""
-    layout = layout_of(spec, geometry)
-    everything = (*(view.data for view in layout.views), layout.outputs)
-    return sum(list(move.order) != sorted(move.order) for move in everything)
+    return layout_of(spec, geometry).moves
 
 
 @pytest.mark.parametrize(
@@ -74,3 +72,19 @@ def test_the_groups_of_a_layer_stay_in_front():
     assert moves(spec, geometry) == 0
     *_, last = layout_of(spec, geometry).views
     assert (last.data.sizes, last.weight.sizes, last.weight.order) == ((3, 5), (5, 3, 2), (1, 2, 0))  # R, groups, F_1
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (SeKronSpec(((F, 1, 1, 1), (1, 1, 3, 3), (1, C, 1, 1)), (5, 1)), 0),
+        (SeKronSpec(((F, 2, 1, 1), (1, 6, 3, 3)), (4,)), 0),
+        (SeKronSpec(((2, 1, 1, 1), (8, C, 3, 3)), (2,)), 1),  # F_2 F_1 to F_1 F_2
+        (SeKronSpec(((2, 2, 1, 1), (8, 6, 3, 3)), (4,)), 2),  # and C_1 behind F_2 before
+    ],
+    ids=str,
+)
+def test_with_channels_last_other_digits_go_in_front(spec, expected):
+    layout = plan_layout(spec, SAME, plan_stages(spec, SAME), channels_last=True)
+    assert layout.moves == expected
+    assert all(view.back == 1 for view in layout.views)
