@@ -19,8 +19,8 @@ from kronsearch.sekron.spec import SeKronSpec
 
 __all__ = ["SeKronConv", "SeKronConv1d", "SeKronConv2d", "SeKronConv3d", "conv_geometry", "conv_like", "kernels_formed"]
 
-# With channels last throughout, layers of two factors (64 channels at 28 × 28, 32 at 32 × 32, one thread) take 0.5 to 0.8
-# of the time without moves, 0.7 to 0.9 with one, 0.9 to 1.3 with two: medians for each width of the groups.
+# With channels last throughout, layers of two factors (64 channels at 28 x 28, 32 at 32 x 32, one thread) take 0.5 to
+# 0.8 of the time without moves, 0.7 to 0.9 with one, 0.9 to 1.3 with two: medians for each width of the groups.
 _MOVES = 2
 
 
@@ -173,10 +173,9 @@ class SeKronConv(SeKronLayer):
             return self._with_bias(along(data, self.stages, self._last_layout, weights, bias, self._stage))
         return self._with_bias(across(data, self.stages, weights, bias, self._stage))
 
-    def _weights(self, factors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-        weights = super()._weights(factors, layout)
+    def _packed(self, weights: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         if layout is not self._last_layout:
-            return weights
+            return super()._packed(weights, layout)
         return [spread(*one) for one in zip(self.stages, layout.views, weights, strict=True)]
 
     def _run_dense(self, data: Tensor) -> Tensor:

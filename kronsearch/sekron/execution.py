@@ -13,8 +13,7 @@ stage has as many more groups; all other stages do the same to every group, as t
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import prod
 
 from kronsearch.errors import SpecError
@@ -34,6 +33,9 @@ class Geometry:
         padding: (before, after) on each axis.
         padded_first: whether the padding is added to the input beforehand, as for a padding mode other than zeros.
         groups: of the layer; its kernel has (out channels, in channels / groups, *extent).
+
+    Attributes:
+        padding_inside: the zeros that a convolution adds by itself on each axis, before and after.
     """
 
     stride: tuple[int, ...] = ()
@@ -41,11 +43,11 @@ class Geometry:
     padding: tuple[tuple[int, int], ...] = ()
     padded_first: bool = False
     groups: int = 1
+    padding_inside: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def padding_inside(self) -> tuple[int, ...]:
-        """The zeros that a convolution adds by itself on each axis, before and after."""
-        return tuple(0 if self.padded_first else before for before, _ in self.padding)
+    def __post_init__(self) -> None:
+        inside = tuple(0 if self.padded_first else before for before, _ in self.padding)
+        object.__setattr__(self, "padding_inside", inside)
 
     def output_size(self, input_size: Sequence[int], extent: Sequence[int]) -> tuple[int, ...]:
         """Return the number of output positions on each axis for a kernel of this extent."""

@@ -95,8 +95,12 @@ class SeKronLayer(nn.Module):
 
     def _kept_weights(self, factors: Sequence[Tensor], layout: Layout) -> Sequence[Tensor]:
         if self._kept is None or not self._kept.fit(factors, layout):
-            self._kept = Kept.of(factors, layout, lambda: self._weights(factors, layout))
+            self._kept = Kept.of(factors, layout, lambda: self._packed(self._weights(factors, layout), layout))
         return self._kept.weights
+
+    def _packed(self, weights: Sequence[Tensor], layout: Layout) -> list[Tensor]:  # noqa: ARG002
+        """Lay weights out in memory as the stages want them, who would copy them at each call otherwise."""
+        return [weight.contiguous() for weight in weights]
 
     def _forget(self) -> None:
         """Drop the weights that are kept."""
@@ -104,7 +108,8 @@ class SeKronLayer(nn.Module):
             self._kept = None
 
     def _walk(self, data: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        examples, positions, out_channels = len(data), data.shape[2:], self.spec.kernel_shape[0]
+        # a length, unlike a size, would fix the batch of an exported network
+        examples, positions, out_channels = data.shape[0], data.shape[2:], self.spec.kernel_shape[0]
         last, bias = self.stages[-1], self.bias if self._bias_in_stage else None
         for stage, view, weight in zip(self.stages, self._layout.views, weights, strict=True):
             if not view.ready:
@@ -217,9 +222,9 @@ class SeKronLinear(SeKronLayer):
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:  # noqa: ARG002
         if stage.groups == 1:
             return F.linear(data, weight, bias)
-        inputs = data.reshape(len(data), stage.groups, stage.group_in).transpose(0, 1)
+        inputs = data.reshape(data.shape[0], stage.groups, stage.group_in).transpose(0, 1)
         weights = weight.reshape(stage.groups, stage.group_out, stage.group_in).transpose(1, 2)
-        return torch.bmm(inputs, weights).transpose(0, 1).reshape(len(data), stage.groups * stage.group_out)
+        return torch.bmm(inputs, weights).transpose(0, 1).reshape(data.shape[0], stage.groups * stage.group_out)
 
 
 Dense = TypeVar("Dense", nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
