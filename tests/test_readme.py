@@ -86,6 +86,15 @@ def test_the_engine_does_what_the_page_says(capsys):
     assert names["model"](images).shape == (8, 10)
 
 
+@pytest.mark.filterwarnings("ignore")  # what exporters say of their own insides
+def test_a_network_is_exported_as_the_page_says(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs kronsearch[onnx]")
+    monkeypatch.chdir(tmp_path)
+    block = next(block for language, block in BLOCKS if language == "python" and "onnx" in block)
+    exec(block, {})
+    assert all((tmp_path / name).stat().st_size > 0 for name in ("small.pt2", "small.onnx"))
+
+
 def test_the_python_is_python():
     for language, block in BLOCKS:
         if language == "python":

@@ -10,6 +10,7 @@ random. Times are CPU seconds of the process with one thread, else those of the 
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class Trained:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         times.append(self.now())
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in pairwise(times)]
 
 
 def main(pairs: int, threads: int) -> None:
@@ -65,7 +66,8 @@ def main(pairs: int, threads: int) -> None:
                 times[name].append(parts)
     whole = {name: statistics.median(map(sum, own)) for name, own in times.items()}
     for name, own in times.items():
-        parts = ", ".join(f"{part} {1e3 * statistics.median(t):.1f}" for part, t in zip(PARTS, zip(*own), strict=True))
+        columns = list(zip(*own, strict=True))
+        parts = ", ".join(f"{part} {1e3 * statistics.median(t):.1f}" for part, t in zip(PARTS, columns, strict=True))
         print(f"{name}: {1e3 * whole[name]:.1f} ms ({parts})")
     within = statistics.quantiles((sum(b) / sum(a) for a, b in zip(*times.values(), strict=True)), n=4)
     print(f"ratio of medians {whole['compressed'] / whole['dense']:.3f}; within pairs, quartiles {within}")
