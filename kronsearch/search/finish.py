@@ -12,7 +12,7 @@ from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score, parse_plan
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import PLAN
+from kronsearch.search.study import PLAN, SCORE
 from kronsearch.training.data import Data
 from kronsearch.training.finetune import StepReport
 
@@ -23,9 +23,9 @@ def final_plan(best: FrozenTrial, study: str, data: Data | None) -> Plan:
     """Return the stored plan of a trial with its score and where it comes from."""
     plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
     score = None
-    if data is not None and best.value is not None:
+    if data is not None:
         examples = int(best.user_attrs.get("examples") or 0)
-        score = Score(metric=data.task.metric_name, value=best.value, examples=examples)
+        score = Score(metric=data.task.metric_name, value=float(best.user_attrs[SCORE]), examples=examples)
     provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number})
     return plan.model_copy(update={"score": score, "provenance": provenance})
 

@@ -1,7 +1,6 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import nn
 
 from kronsearch.budget import Budget, Limits
@@ -27,8 +25,9 @@ from kronsearch.search.progress import Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import SearchSpace
-from kronsearch.search.study import PLAN, Study, given_trials, suggest
+from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study, given_trials, suggest
 from kronsearch.search.subject import Subject
+from kronsearch.search.trial import outcome, score
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
@@ -84,8 +83,9 @@ def search(
 ) -> SearchResult:
     """Search for the best compression of a network under a budget; called again with the same settings, it resumes.
 
-    With data a trial is scored by the task's metric on the validation split after a proxy fine-tune; without, by the
-    predicted error, which the plain allocation has proven to be lowest, so that one trial is all there is to do.
+    With data a trial is scored by the task's metric on the validation split after a proxy fine-tune, and what is
+    minimised is the divergence from the dense network's outputs there, which is finer; without, it is the predicted
+    error, which the plain allocation has proven to be lowest, so that one trial is all there is to do.
 
     Args:
         model: the trained network; left untouched.
@@ -181,6 +181,7 @@ class _Run:
             "budget": str(self.draft.budget),
             "space": self.draft.space.model_dump_json(),
             "seed": self.draft.seed,
+            "objective": OBJECTIVE if self.data is not None else "predicted error",
         }
 
     def wanted(self, trials: int) -> int:
@@ -207,8 +208,8 @@ class _Run:
     def begin(self, ledger: Study, trials: int) -> None:
         """Tell that trials are next."""
         best = ledger.best()
-        value = None if best is None else best.value
-        self.subject.tell("trials", len(ledger.finished()), self.wanted(trials), best=value)
+        known = None if best is None else best.user_attrs[SCORE]
+        self.subject.tell("trials", len(ledger.finished()), self.wanted(trials), best=known)
 
     def trial(self, ledger: Study, done: int, wanted: int) -> None:
         """Run one trial to its end."""
@@ -226,46 +227,18 @@ class _Run:
             ("gap", allocation.gap),
         ):
             trial.set_user_attr(key, attribute)
-        value = self._score(trial, plan, twin)
+        value = score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
         ledger.tell(trial, value)
         best = ledger.best()
         self.subject.tell(
             "trials",
             done + 1,
             wanted,
-            f"trial {trial.number} " + ("pruned" if value is None else f"scored {value:.4f}"),
-            best=None if best is None else best.value,
+            f"trial {trial.number} " + outcome(trial, value),
+            best=None if best is None else best.user_attrs[SCORE],
             macs=allocation.macs,
             params=allocation.params,
         )
-
-    def _score(self, trial: Trial, plan: Plan, twin: FrozenTrial | None) -> float | None:
-        """Return a plan's score, None if it is pruned or diverges; what an earlier trial with the same plan had."""
-        scorer = self.scorer()
-        if scorer is None:
-            return plan.predicted_error
-        if twin is not None:
-            if twin.state is not TrialState.COMPLETE:
-                return None
-            for key in ("settled", "error", "divergence", "examples"):
-                trial.set_user_attr(key, twin.user_attrs.get(key))
-            return twin.value
-        small = scorer.build(plan.replaced)
-        trial.set_user_attr("settled", scorer.validate(small).metric)
-        last: Evaluation | None = None
-        for step, evaluation in enumerate(scorer.proxy(small, self.draft.seed)):
-            if not math.isfinite(evaluation.metric):
-                return None
-            last = evaluation
-            trial.report(evaluation.metric, step)
-            if trial.should_prune():
-                return None
-        if last is None:
-            return None
-        trial.set_user_attr("error", last.error)
-        trial.set_user_attr("divergence", last.divergence)
-        trial.set_user_attr("examples", last.n)
-        return last.metric
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
         """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""

@@ -97,11 +97,13 @@ class Scorer:
     def proxy(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
         """Fine-tune a little, in place, and yield an evaluation now and then; the last is the score.
 
-        Every call with one seed sees the same images in the same order.
+        Every call with one seed sees the same images in the same order. If the loss is no longer finite, neither is the
+        last evaluation.
         """
         settings, steps = self._settings(_PROXY_IMAGES / self.data.size("train"))
         for report in self._finetune(model, settings, stream(seed, _PROXY), math.ceil(steps / _REPORTS)):
             if not math.isfinite(report.loss):
+                yield Evaluation(math.nan, report.loss, math.nan, 0)
                 return
             yield self.validate(model)
 

@@ -15,10 +15,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from kronsearch.errors import StudyError
 from kronsearch.search.decode import Problem, Weighing
 
-__all__ = ["FINISHED", "PLAN", "Identity", "Study"]
+__all__ = ["FINISHED", "OBJECTIVE", "PLAN", "SCORE", "Identity", "Study", "given_trials", "suggest"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-PLAN = "plan"
+PLAN, SCORE = "plan", "score"
+OBJECTIVE = "divergence from the dense network"
 _IDENTITY, _WORKER = "identity", "worker"
 _IMPORTANCE, _PRICE = 1.0, 0.7  # bounds of the logarithms: a factor of 2.7 and of 2 either way
 _STARTUP = 6  # trials before the sampler models anything; the first ones are given
@@ -29,6 +30,11 @@ Identity = Mapping[str, Any]
 class Study:
     """A study in a storage, opened for one worker.
 
+    What it minimises, and what the sampler and the pruner see, is not the score but how far a network's outputs diverge
+    from the dense one's: a network that has memorised its training images scores 0.998 to 1 on a part of them whatever
+    the plan, so that the score says next to nothing and the divergence still orders the plans. The score is kept beside
+    it, and chooses the winner as far as it can tell.
+
     Trials that an earlier worker of this machine left behind when it died are closed as failed, and their place is
     taken by a new trial. The sampler is seeded anew for each trial by how many are finished, so that a resumed study
     asks what it would have asked.
@@ -37,7 +43,7 @@ class Study:
         storage: an Optuna storage URL, such as `sqlite:///study.db`; None is memory.
         name: of the study in it.
         identity: what must not differ when it is resumed: model, data, budget, seed, ….
-        higher_is_better: the direction of the score.
+        higher_is_better: the direction of the score; the objective is always minimised.
         seed: of the sampler.
 
     Raises:
@@ -52,7 +58,7 @@ class Study:
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=name,
-                direction="maximize" if higher_is_better else "minimize",
+                direction="minimize",
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
                 load_if_exists=True,
             )
@@ -84,21 +90,21 @@ class Study:
         """Return the winner among the complete trials, None if there are none.
 
         Scores that differ from the best by no more than the standard error of the difference are alike; among those the
-        network wins whose outputs diverge least from the dense one's, which is finer: at half of ResNet-32's MACs the
-        best scores differ by one image in 2,500. Of equals it is the first.
+        one of least objective wins, which is finer: at half of ResNet-32's MACs the best scores differ by one image in
+        2,500. Of equals it is the first.
         """
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = -1 if self.higher_is_better else 1
-        ranked = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        ranked = sorted(complete, key=lambda trial: (sign * _score(trial), trial.number))
         if not ranked:
             return None
-        best, error = sign * (ranked[0].value or 0.0), _error(ranked[0])
+        best, error = sign * _score(ranked[0]), _error(ranked[0])
         alike = [
             trial
             for trial in ranked  # both errors count: that of a score without a fault is zero
-            if sign * (trial.value or 0.0) - best <= math.hypot(error, _error(trial)) * (1 + 1e-9)
+            if sign * _score(trial) - best <= math.hypot(error, _error(trial)) * (1 + 1e-9)
         ]
-        return min(alike, key=lambda trial: float(trial.user_attrs.get("divergence") or 0.0))
+        return min(alike, key=lambda trial: trial.value or 0.0)
 
     def ask(self, given: Callable[[int], Mapping[str, float] | None]) -> Trial:
         """Begin a trial. `given` maps the number of finished trials to parameters that are set beforehand, or None."""
@@ -115,7 +121,7 @@ class Study:
         return trial
 
     def tell(self, trial: Trial, value: float | None) -> None:
-        """End a trial: with its score, or as pruned with None."""
+        """End a trial: with its objective, or as pruned with None."""
         if value is None:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -125,7 +131,8 @@ class Study:
         """Return a row for each finished trial: number, state, score, times, parameters, what was measured."""
         rows = []
         for trial in self.finished():
-            row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name.lower(), "score": trial.value}
+            row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name.lower()}
+            row[SCORE] = trial.user_attrs.get(SCORE)
             row["seconds"] = trial.duration.total_seconds() if trial.duration else None
             row |= {key: value for key, value in trial.user_attrs.items() if key not in (PLAN, _WORKER)}
             rows.append(row | trial.params)
@@ -137,6 +144,10 @@ class Study:
             host, _, pid = str(trial.user_attrs.get(_WORKER, "")).rpartition(":")
             if not pid.isdecimal() or (host == socket.gethostname() and not _alive(int(pid))):
                 self._study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _score(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs.get(SCORE) or 0.0)
 
 
 def _error(trial: FrozenTrial) -> float:

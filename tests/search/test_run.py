@@ -1,5 +1,6 @@
 import json
 
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -95,6 +96,19 @@ def test_the_plan_applied_with_data_is_what_the_search_scored(found, digits_mode
     mine, theirs = applied.state_dict(), untuned.model.state_dict()
     for name, value in mine.items():
         assert torch.allclose(value.double(), theirs[name].double(), rtol=1e-4, atol=1e-5), name
+
+
+def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(found):
+    result, _ = found
+    study = optuna.load_study(study_name="kronsearch", storage=f"sqlite:///{result.out / 'study.db'}")
+    assert study.direction is optuna.study.StudyDirection.MINIMIZE
+    trials = study.get_trials()
+    assert [trial.value for trial in trials] == result.trials["divergence"].tolist()
+    assert [trial.intermediate_values[2] for trial in trials] == result.trials["divergence"].tolist()
+    winner = trials[result.plan.provenance.trial]
+    assert result.plan.score.value == winner.user_attrs["score"] > 0.9
+    assert result.plan.score.examples == winner.user_attrs["examples"]
+    assert (result.trials["settled_divergence"] > result.trials["divergence"]).all()
 
 
 def test_every_phase_is_told_in_order(found):

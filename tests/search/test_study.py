@@ -6,7 +6,7 @@ import pytest
 from optuna.trial import TrialState
 
 from kronsearch.errors import StudyError
-from kronsearch.search.study import Study
+from kronsearch.search.study import SCORE, Study
 
 IDENTITY = {"model": "m", "budget": "flops 50%", "seed": 0}
 
@@ -25,7 +25,7 @@ def run_trials(study, count):
         trial = study.ask(no_given)
         x = trial.suggest_float("x", -1, 1)
         y = trial.suggest_float("y", -1, 1)
-        study.tell(trial, -(x**2) - y)
+        study.tell(trial, x**2 + y)
         values.append((x, y))
     return values
 
@@ -77,34 +77,55 @@ def test_given_trials_come_first_also_after_a_kill(tmp_path):
     assert len(study.finished()) == 2
 
 
+def scored(study, *results):
+    """Run a trial for each (score, standard error, divergence); None for one that is pruned."""
+    for result in results:
+        trial = study.ask(no_given)
+        if result is not None:
+            trial.set_user_attr(SCORE, result[0])
+            trial.set_user_attr("error", result[1])
+        study.tell(trial, None if result is None else result[2])
+    return study
+
+
 def test_the_best_is_the_first_of_equals_and_pruned_trials_count_as_finished(tmp_path):
     study = opened(tmp_path / "a.db")
     assert study.best() is None
-    for value in (0.5, None, 0.7, 0.7):
-        study.tell(study.ask(no_given), value)
+    scored(study, (0.5, 0, 1.0), None, (0.7, 0, 1.0), (0.7, 0, 1.0))
     assert study.best().number == 2
     assert len(study.finished()) == 4
-    assert study.table()["state"].tolist() == ["complete", "pruned", "complete", "complete"]
+    table = study.table()
+    assert table["state"].tolist() == ["complete", "pruned", "complete", "complete"]
+    assert table["score"].dropna().tolist() == [0.5, 0.7, 0.7]
+
+
+def test_where_lower_is_better_the_best_has_the_lowest_score(tmp_path):
+    study = Study(f"sqlite:///{tmp_path / 'a.db'}", "s", IDENTITY, higher_is_better=False, seed=0)
+    assert scored(study, (0.5, 0, 1.0), (0.3, 0, 2.0), (0.4, 0, 3.0)).best().number == 1
 
 
 def test_of_scores_within_the_standard_error_the_least_divergence_wins(tmp_path):
-    study = opened(tmp_path / "a.db")
-    for value, divergence in ((0.890, 0.1), (0.901, 0.4), (0.905, 0.3), (0.9, 0.2)):
-        trial = study.ask(no_given)
-        trial.set_user_attr("divergence", divergence)
-        trial.set_user_attr("error", 0.006)
-        study.tell(trial, value)
+    study = scored(
+        opened(tmp_path / "a.db"), (0.890, 0.006, 0.1), (0.901, 0.006, 0.4), (0.905, 0.006, 0.3), (0.9, 0.006, 0.2)
+    )
     assert study.best().number == 3
 
 
 def test_a_score_without_a_fault_is_not_beyond_doubt(tmp_path):
-    study = opened(tmp_path / "a.db")
-    for value, error, divergence in ((1.0, 0.0, 0.3), (0.9996, 0.0004, 0.2), (0.9984, 0.0007, 0.1)):
-        trial = study.ask(no_given)
-        trial.set_user_attr("divergence", divergence)
-        trial.set_user_attr("error", error)
-        study.tell(trial, value)
+    study = scored(opened(tmp_path / "a.db"), (1.0, 0.0, 0.3), (0.9996, 0.0004, 0.2), (0.9984, 0.0007, 0.1))
     assert study.best().number == 1
+
+
+def test_the_sampler_comes_near_to_the_least_divergence(tmp_path):
+    """And not to the best score, which here is at the other end."""
+    study = opened(tmp_path / "a.db")
+    while len(study.finished()) < 40:
+        trial = study.ask(no_given)
+        x = trial.suggest_float("x", -1, 1)
+        trial.set_user_attr(SCORE, x)
+        study.tell(trial, x**2)
+    late = [abs(trial.params["x"]) for trial in study.finished()[20:]]
+    assert sum(late) / len(late) < 0.35  # of a random sampler: 0.5
 
 
 def test_another_identity_is_refused_with_what_differs(tmp_path):
@@ -112,6 +133,13 @@ def test_another_identity_is_refused_with_what_differs(tmp_path):
     with pytest.raises(StudyError, match=r"\(budget was flops 50%, is params 20%\)") as caught:
         opened(tmp_path / "a.db", {**IDENTITY, "budget": "params 20%"})
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_with_another_objective_is_refused(tmp_path):
+    """As those are that an earlier version made, which had none in their identity."""
+    opened(tmp_path / "a.db")
+    with pytest.raises(StudyError, match=r"\(objective was None, is divergence\)"):
+        opened(tmp_path / "a.db", {**IDENTITY, "objective": "divergence"})
 
 
 def test_a_study_of_somebody_elses_is_refused(tmp_path):

@@ -1,0 +1,64 @@
+"""One trial: its plan is built, fine-tuned briefly, and measured on the validation split."""
+
+import math
+
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from kronsearch.plan import Plan
+from kronsearch.search.score import Scorer
+from kronsearch.search.study import SCORE
+from kronsearch.training.evaluate import Evaluation
+
+__all__ = ["outcome", "score"]
+
+_MEASURED = ("settled", "settled_divergence", SCORE, "error", "divergence", "examples")
+
+
+def score(trial: Trial, plan: Plan, scorer: Scorer | None, twin: FrozenTrial | None, *, seed: int) -> float | None:
+    """Return the objective of a plan, None if it is pruned or diverges, and write what was measured to its trial.
+
+    Args:
+        trial: which is told of every evaluation, and may be pruned at each.
+        plan: what is measured.
+        scorer: None without data; the objective is the predicted error then.
+        twin: an earlier trial with the same plan, whose outcome is this one's as well.
+        seed: of the proxy fine-tune.
+    """
+    if scorer is None:
+        trial.set_user_attr(SCORE, plan.predicted_error)
+        return plan.predicted_error
+    if twin is not None:
+        for key in _MEASURED:
+            trial.set_user_attr(key, twin.user_attrs.get(key))
+        return twin.value if twin.state is TrialState.COMPLETE else None
+    small = scorer.build(plan.replaced)
+    settled = scorer.validate(small)
+    trial.set_user_attr("settled", settled.metric)
+    trial.set_user_attr("settled_divergence", settled.divergence)
+    last, keeps = None, False
+    for step, evaluation in enumerate(scorer.proxy(small, seed)):
+        keeps = math.isfinite(_objective(evaluation))
+        if keeps:
+            last = evaluation
+            trial.report(_objective(evaluation), step)
+            keeps = not trial.should_prune()
+        if not keeps:
+            break
+    if last is None:
+        return None
+    for key, value in zip(_MEASURED[2:], (last.metric, last.error, last.divergence, last.n), strict=True):
+        trial.set_user_attr(key, value)
+    return _objective(last) if keeps else None
+
+
+def outcome(trial: Trial, value: float | None) -> str:
+    """Return what came of a trial, in a few words; `value` is what `score` returned."""
+    if value is None:
+        return "pruned"
+    divergence = trial.user_attrs.get("divergence")
+    return f"scored {trial.user_attrs[SCORE]:.4f}" + ("" if divergence is None else f", divergence {divergence:.3g}")
+
+
+def _objective(evaluation: Evaluation) -> float:
+    """Return what a study minimises: the divergence, or the loss where the dense network's outputs fill the memory."""
+    return evaluation.loss if evaluation.divergence is None else evaluation.divergence

@@ -1,0 +1,93 @@
+import math
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from kronsearch.search.trial import outcome, score
+from kronsearch.training.evaluate import Evaluation
+
+SEED = 3
+
+
+class Told:
+    """Stands for a scorer: hands out evaluations that were thought up."""
+
+    def __init__(self, settled, *proxy):
+        self.settled, self.evaluations, self.built = settled, proxy, []
+
+    def build(self, specs):
+        self.built.append(specs)
+        return "network"
+
+    def validate(self, network):
+        assert network == "network"
+        return self.settled
+
+    def proxy(self, network, seed):
+        assert (network, seed) == ("network", SEED)
+        yield from self.evaluations
+
+
+def evaluation(divergence, metric=0.5, loss=1.0):
+    return Evaluation(metric, loss, divergence, 100, 0.05)
+
+
+@pytest.fixture
+def study():
+    return optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=2.0))
+
+
+def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(study, plan):
+    trial = study.ask()
+    scorer = Told(evaluation(1.5, metric=0.25), evaluation(1.0), evaluation(0.75, metric=0.625))
+    assert score(trial, plan, scorer, None, seed=SEED) == 0.75
+    assert scorer.built == [plan.replaced]
+    told = study.get_trials()[0]
+    assert told.intermediate_values == {0: 1.0, 1: 0.75}
+    assert told.user_attrs == {
+        "settled": 0.25,
+        "settled_divergence": 1.5,
+        "score": 0.625,
+        "error": 0.05,
+        "divergence": 0.75,
+        "examples": 100,
+    }
+    assert outcome(trial, 0.75) == "scored 0.6250, divergence 0.75"
+
+
+def test_a_pruned_trial_keeps_the_score_that_it_had(study, plan):
+    trial = study.ask()
+    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(0.5)), None, seed=SEED) is None
+    assert trial.user_attrs["divergence"] == 3.0
+    assert outcome(trial, None) == "pruned"
+
+
+def test_a_trial_that_diverges_has_no_objective(study, plan):
+    """Also if it did not at first."""
+    lost = Evaluation(math.nan, math.nan, math.nan, 0)
+    for evaluations in ((lost,), (evaluation(1.0), lost), ()):
+        assert score(study.ask(), plan, Told(evaluation(1.0), *evaluations), None, seed=SEED) is None
+
+
+def test_without_the_dense_outputs_the_loss_is_the_objective(study, plan):
+    assert score(study.ask(), plan, Told(evaluation(None), evaluation(None, loss=0.25)), None, seed=SEED) == 0.25
+
+
+def test_a_plan_that_was_measured_is_not_measured_again(study, plan):
+    first = study.ask()
+    study.tell(first, score(first, plan, Told(evaluation(1.5), evaluation(1.0)), None, seed=SEED))
+    pruned = study.ask()
+    assert score(pruned, plan, Told(evaluation(1.5), evaluation(3.0)), None, seed=SEED) is None
+    study.tell(pruned, state=TrialState.PRUNED)
+    for twin, objective in zip(study.get_trials(), (1.0, None), strict=True):
+        trial, scorer = study.ask(), Told(evaluation(1.5))
+        assert score(trial, plan, scorer, twin, seed=SEED) == objective
+        assert scorer.built == []
+        assert trial.user_attrs == twin.user_attrs
+
+
+def test_without_data_the_objective_is_the_predicted_error(study, plan):
+    trial = study.ask()
+    assert score(trial, plan, None, None, seed=SEED) == plan.predicted_error == trial.user_attrs["score"]
+    assert outcome(trial, plan.predicted_error) == f"scored {plan.predicted_error:.4f}"
