@@ -81,7 +81,7 @@ def run(
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
     timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
     storage: Annotated[
-        Words, typer.Option("--storage", metavar="URL", help="Optuna storage [default: sqlite:///OUT/study.db]")
+        Words, typer.Option("--storage", metavar="URL", help="Storage of the study [default: sqlite:///OUT/study.db]")
     ] = None,
     study: Annotated[Words, typer.Option("--study", metavar="NAME", help="Name of the study in the storage")] = None,
     out: Out = None,

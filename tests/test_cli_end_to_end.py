@@ -10,11 +10,13 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from kronsearch.cli import app
+from kronsearch.models.apply import stored_plan
 from kronsearch.models.checkpoint import load_state_dict
 from kronsearch.plan import load_plan
 
@@ -267,6 +269,21 @@ def test_killed_in_a_trial_the_same_line_ends_the_search(tmp_path):
     assert trials_of(study, *ENDED) == {0, 2}
     assert trials_of(study, "FAIL") == {1}
     assert load_plan(tmp_path / "found/plan.json").provenance.trial in (0, 2)
+
+
+def test_two_workers_on_one_line_share_the_trials_and_end_alike(tmp_path):
+    (tmp_path / "space.yaml").write_text("structures: [spatial]\n")
+    line = (*RUN, "--trials", "5", "--space", "space.yaml", "--out", "found", "--cache", "cache")
+    workers = [start(*line, cwd=tmp_path) for _ in range(2)]
+    (one, _), (other, _) = [finish(worker) for worker in workers]
+    assert one == other
+    table = pd.read_csv(tmp_path / "found/trials.csv")
+    assert sorted(table["slot"]) == list(range(5))
+    assert load_plan(tmp_path / "found/plan.json") == stored_plan(tmp_path / "found/compressed.safetensors")
+    left = {"plan.json", "compressed.safetensors", "study.db", "trials.csv"}
+    assert names_in(tmp_path / "found") == left
+    again, _ = kronsearch(*line, "--quiet", cwd=tmp_path)
+    assert again == one
 
 
 def test_without_data_the_plan_rests_on_the_weights(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Budget, Limits
@@ -33,6 +34,8 @@ from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
 
 __all__ = ["SearchResult", "search"]
+
+_PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def search(
         trials: how many finished trials there shall be in the end, pruned ones included.
         timeout: seconds after which no further trial is begun.
         space: a search space, its name, or a YAML file.
-        storage: Optuna storage URL; by default `study.db` in `out`, or memory where there is no `out`.
+        storage: of the study: URL of a database, or one that `open_study` explains; by default `study.db` in `out`, or
+            memory where there is no `out`. Searches with the same storage and settings share its trials.
         study: its name in the storage, `kronsearch` by default.
         out: folder for `plan.json`, `compressed.safetensors`, `trials.csv` (and `study.db`).
         cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
@@ -137,15 +141,22 @@ def search(
     ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
     if folder is not None:
         make_folder(folder)
-    if len(ledger.finished()) < run.wanted(trials):
+    wanted = run.wanted(trials)
+    if len(ledger.finished()) < wanted:
         run.set_problem()
-    run.begin(ledger, trials)
-    while (done := len(ledger.finished())) < run.wanted(trials):
-        if done and timeout is not None and time.monotonic() - started > timeout:
+    run.begin(ledger, wanted)
+    while (done := len(ledger.finished())) < wanted:
+        late = bool(done) and timeout is not None and time.monotonic() - started > timeout
+        trial = None if late else ledger.ask(wanted, given_trials(run.problem))
+        if trial is not None:
+            with ledger.at_work(trial):
+                run.trial(ledger, trial, wanted)
+            if folder is not None:
+                _save_table(ledger.table(), folder)
+        elif others := ledger.others():  # the winner is chosen among all trials, theirs too
+            run.wait(len(others), done, wanted)
+        elif late:
             break
-        run.trial(ledger, done, run.wanted(trials))
-        if folder is not None:
-            _save_table(ledger.table(), folder)
     best = ledger.best()
     if best is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
@@ -165,6 +176,7 @@ class _Run:
         self.subject, self.limits, self.draft = subject, limits, draft
         self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
+        self._waited: int | None = None
 
     @property
     def higher_is_better(self) -> bool:
@@ -205,15 +217,21 @@ class _Run:
             return None
         return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
 
-    def begin(self, ledger: Study, trials: int) -> None:
+    def begin(self, ledger: Study, wanted: int) -> None:
         """Tell that trials are next."""
         best = ledger.best()
         known = None if best is None else best.user_attrs[SCORE]
-        self.subject.tell("trials", len(ledger.finished()), self.wanted(trials), best=known)
+        self.subject.tell("trials", len(ledger.finished()), wanted, best=known)
 
-    def trial(self, ledger: Study, done: int, wanted: int) -> None:
+    def wait(self, others: int, done: int, wanted: int) -> None:
+        """Leave other workers time to end their trials; tell so once for each that ends."""
+        if done != self._waited:
+            self._waited = done
+            self.subject.tell("trials", done, wanted, f"waiting for other workers, which run {others}")
+        time.sleep(_PATIENCE)
+
+    def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
         """Run one trial to its end."""
-        trial = ledger.ask(given_trials(self.problem))
         allocation = self.problem.allocate(suggest(trial, self.problem))
         plan = self.draft.plan(self.problem, allocation)
         digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
@@ -228,13 +246,14 @@ class _Run:
         ):
             trial.set_user_attr(key, attribute)
         value = score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
-        ledger.tell(trial, value)
+        if not ledger.tell(trial, value):
+            return
         best = ledger.best()
         self.subject.tell(
             "trials",
-            done + 1,
+            len(ledger.finished()),
             wanted,
-            f"trial {trial.number} " + outcome(trial, value),
+            f"trial {trial.number} {outcome(trial, value)}",
             best=None if best is None else best.user_attrs[SCORE],
             macs=allocation.macs,
             params=allocation.params,

@@ -2,29 +2,31 @@
 
 import hashlib
 import math
-import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from kronsearch.errors import StudyError
 from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.storage import hidden, open_study
+from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 
-__all__ = ["FINISHED", "OBJECTIVE", "PLAN", "SCORE", "Identity", "Study", "given_trials", "suggest"]
+__all__ = ["FINISHED", "OBJECTIVE", "PLAN", "SCORE", "Given", "Identity", "Study", "given_trials", "suggest"]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLAN, SCORE = "plan", "score"
 OBJECTIVE = "divergence from the dense network"
-_IDENTITY, _WORKER = "identity", "worker"
+_IDENTITY, _SLOT = "identity", "slot"
+_UNTOLD = (PLAN, WORKER, BEAT)  # in the table
 _IMPORTANCE, _PRICE = 1.0, 0.7  # bounds of the logarithms: a factor of 2.7 and of 2 either way
 _STARTUP = 6  # trials before the sampler models anything; the first ones are given
 
 Identity = Mapping[str, Any]
+Given = Callable[[int], Mapping[str, float] | None]
 
 
 class Study:
@@ -35,12 +37,16 @@ class Study:
     the plan, so that the score says next to nothing and the divergence still orders the plans. The score is kept beside
     it, and chooses the winner as far as it can tell.
 
-    Trials that an earlier worker of this machine left behind when it died are closed as failed, and their place is
-    taken by a new trial. The sampler is seeded anew for each trial by how many are finished, so that a resumed study
-    asks what it would have asked.
+    Each of the finished trials that are wanted is a slot, counted from 0, and a slot is given out once: a trial comes
+    into being with its slot and its worker, storages number trials one after the other, and where two begin one slot at
+    the same moment the one with the lower number has it. The sampler is seeded anew for each trial by its slot, and
+    trials that failed tell it nothing, so that a single worker that resumes a study asks what it would have asked.
+
+    A worker that ends before its trial does leaves it running. Whoever asks next closes it as failed and its slot is
+    free again: at once where both are on one machine, after minutes without a sign of life where they aren't.
 
     Args:
-        storage: an Optuna storage URL, such as `sqlite:///study.db`; None is memory.
+        storage: its URL, see `open_study`; None is memory.
         name: of the study in it.
         identity: what must not differ when it is resumed: model, data, budget, seed, ….
         higher_is_better: the direction of the score; the objective is always minimised.
@@ -54,33 +60,23 @@ class Study:
         self, storage: str | None, name: str, identity: Identity, *, higher_is_better: bool, seed: int
     ) -> None:
         self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
-        try:
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                direction="minimize",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-                load_if_exists=True,
-            )
-            known = self._study.user_attrs.get(_IDENTITY)
-            trials = self._study.get_trials(deepcopy=False)
-        except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise StudyError(
-                f"can't open the storage {storage} ({reason}): pass an Optuna URL such as sqlite:///study.db"
-            ) from error
+        self._me, self._lookout = new_worker(), Lookout()
+        self._study = open_study(storage, name)
+        self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+        trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
+        known = self._study.user_attrs.get(_IDENTITY)
+        where = f"the study {name!r} in {hidden(storage or 'memory')}"
         if (known is None and trials) or not isinstance(known, dict | None):
-            raise StudyError(f"the study {name!r} in {storage} is not kronsearch's: pass another --study or --storage")
+            raise StudyError(f"{where} is not kronsearch's: pass another --study or --storage")
         if known is None:
             self._study.set_user_attr(_IDENTITY, dict(identity))
         elif known != dict(identity):
             differing = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
             told = "; ".join(f"{key} was {known.get(key)}, is {identity.get(key)}" for key in differing)
             raise StudyError(
-                f"the study {name!r} in {storage} was made with other settings ({told}): "
+                f"{where} was made with other settings ({told}): "
                 "repeat them to resume it, or pass another --study or --out"
             )
-        self._bury_the_dead()
 
     def finished(self) -> list[FrozenTrial]:
         """Return the finished trials, pruned ones among them, in the order of their numbers."""
@@ -106,26 +102,46 @@ class Study:
         ]
         return min(alike, key=lambda trial: trial.value or 0.0)
 
-    def ask(self, given: Callable[[int], Mapping[str, float] | None]) -> Trial:
-        """Begin a trial. `given` maps the number of finished trials to parameters that are set beforehand, or None."""
-        index = len(self.finished())
-        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
-        self._study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=_STARTUP, constant_liar=False, seed=int.from_bytes(digest[:4], "big")
-        )
-        parameters = given(index)
-        if parameters is not None and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self._study.enqueue_trial(dict(parameters))
-        trial = self._study.ask()
-        trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
-        return trial
+    def ask(self, wanted: int, given: Given) -> Trial | None:
+        """Begin a trial that nobody else runs or has run.
 
-    def tell(self, trial: Trial, value: float | None) -> None:
-        """End a trial: with its objective, or as pruned with None."""
-        if value is None:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, value)
+        Args:
+            wanted: how many finished trials there shall be.
+            given: maps a slot to parameters that are set beforehand, or to None.
+
+        Returns:
+            The trial, or None if all slots are finished or in the hands of other workers.
+        """
+        while True:
+            running = self.others()
+            taken = {trial.user_attrs.get(_SLOT) for trial in [*self.finished(), *running]}
+            slot = next((slot for slot in range(wanted) if slot not in taken), None)
+            if slot is None:
+                return None
+            trial = self._claim(slot, given(slot))
+            if trial is not None:
+                return trial
+
+    def others(self) -> list[FrozenTrial]:
+        """Return the running trials of workers that live, after closing those of workers that are gone."""
+        live = []
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            worker = trial.user_attrs.get(WORKER)
+            if not isinstance(worker, dict) or is_gone(worker, self._me) or self._lookout.is_silent(trial):
+                self._close(trial.number, TrialState.FAIL)
+            else:
+                live.append(trial)
+        return live
+
+    @contextmanager
+    def at_work(self, trial: Trial) -> Iterator[None]:
+        """Show other workers that this one lives; work on a trial that one of them has taken over ends early."""
+        with suppress(optuna.exceptions.UpdateFinishedTrialError), Pulse(trial):
+            yield
+
+    def tell(self, trial: Trial, value: float | None) -> bool:
+        """End a trial: with its objective, or as pruned with None; False if another worker has taken it over."""
+        return self._close(trial, TrialState.PRUNED if value is None else TrialState.COMPLETE, value)
 
     def table(self) -> pd.DataFrame:
         """Return a row for each finished trial: number, state, score, times, parameters, what was measured."""
@@ -134,16 +150,36 @@ class Study:
             row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name.lower()}
             row[SCORE] = trial.user_attrs.get(SCORE)
             row["seconds"] = trial.duration.total_seconds() if trial.duration else None
-            row |= {key: value for key, value in trial.user_attrs.items() if key not in (PLAN, _WORKER)}
+            row |= {key: value for key, value in trial.user_attrs.items() if key not in _UNTOLD}
             rows.append(row | trial.params)
         return pd.DataFrame(rows)
 
-    def _bury_the_dead(self) -> None:
-        """Close running trials whose worker was on this machine and is gone."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            host, _, pid = str(trial.user_attrs.get(_WORKER, "")).rpartition(":")
-            if not pid.isdecimal() or (host == socket.gethostname() and not _alive(int(pid))):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+    def _claim(self, slot: int, given: Mapping[str, float] | None) -> Trial | None:
+        """Begin the trial of a slot; None if another worker was first."""
+        claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
+            state=TrialState.RUNNING,
+            user_attrs={_SLOT: slot, WORKER: self._me},
+            system_attrs={} if given is None else {"fixed_params": dict(given)},  # as `enqueue_trial` has it
+        )
+        self._study.add_trial(claim)
+        states = (*FINISHED, TrialState.RUNNING)
+        rivals = [t for t in self._study.get_trials(deepcopy=False, states=states) if t.user_attrs.get(_SLOT) == slot]
+        mine = next(t for t in rivals if t.state is TrialState.RUNNING and t.user_attrs.get(WORKER) == self._me)
+        if any(rival.number < mine.number for rival in rivals):
+            self._close(mine.number, TrialState.FAIL)
+            return None
+        digest = hashlib.sha256(f"{self.seed}/{slot}".encode()).digest()
+        self._study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=_STARTUP, seed=int.from_bytes(digest[:4], "big")
+        )
+        return Trial(self._study, mine._trial_id)
+
+    def _close(self, trial: Trial | int, state: TrialState, value: float | None = None) -> bool:
+        """End a trial, unless another worker did; return whether it is in this state now."""
+        try:
+            return self._study.tell(trial, value, state=state, skip_if_finished=True).state is state
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
 
 
 def _score(trial: FrozenTrial) -> float:
@@ -153,18 +189,6 @@ def _score(trial: FrozenTrial) -> float:
 def _error(trial: FrozenTrial) -> float:
     """Return the standard error of a trial's score."""
     return float(trial.user_attrs.get("error") or 0.0)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # this worker has asked for nothing yet
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def suggest(trial: Trial, problem: Problem) -> Weighing:
@@ -179,7 +203,7 @@ def suggest(trial: Trial, problem: Problem) -> Weighing:
     )
 
 
-def given_trials(problem: Problem) -> Callable[[int], Mapping[str, float] | None]:
+def given_trials(problem: Problem) -> Given:
     """Return the trials that every study begins with: the plain allocation, then other trust in the sensitivities."""
     plain = {"curvature": 1.0}
     plain |= {f"importance/{group}": 0.0 for group in problem.groups}

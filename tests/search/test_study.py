@@ -1,86 +1,203 @@
+import itertools
 import multiprocessing
 import os
+import random
+import shutil
 import signal
+import socket
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from kronsearch.errors import StudyError
 from kronsearch.search.study import SCORE, Study
 
 IDENTITY = {"model": "m", "budget": "flops 50%", "seed": 0}
+PROCESSES = multiprocessing.get_context("forkserver")
+# a worker is there in milliseconds, not in seconds
+PROCESSES.set_forkserver_preload(["kronsearch.search.study", "alembic.command", "sqlalchemy.dialects.sqlite"])
+GIVEN = [{"x": 0.25, "y": 0.5}, {"x": 0.5, "y": 0.5}, {"x": 0.75, "y": 0.5}]
+MANY = 1000
+
+
+def at(path):
+    return f"sqlite:///{path}"
 
 
 def opened(path, identity=IDENTITY, *, seed=0):
-    return Study(f"sqlite:///{path}", "s", identity, higher_is_better=True, seed=seed)
+    return Study(at(path), "s", identity, higher_is_better=True, seed=seed)
 
 
 def no_given(_):
     return None
 
 
+def given(slot):
+    return GIVEN[slot] if slot < len(GIVEN) else None
+
+
+def run_trial(study, trial):
+    """Run a trial that is over in no time, and is pruned now and then."""
+    x, y = trial.suggest_float("x", -1, 1), trial.suggest_float("y", -1, 1)
+    for step in range(2):
+        trial.report(x**2 + y - step, step)
+        if trial.should_prune():
+            return study.tell(trial, None)
+    trial.set_user_attr(SCORE, -y)
+    return study.tell(trial, x**2 + y)
+
+
 def run_trials(study, count):
-    values = []
     while len(study.finished()) < count:
-        trial = study.ask(no_given)
-        x = trial.suggest_float("x", -1, 1)
-        y = trial.suggest_float("y", -1, 1)
-        study.tell(trial, x**2 + y)
-        values.append((x, y))
-    return values
+        assert run_trial(study, study.ask(count, given))
+    return outcome(study)
+
+
+def outcome(study):
+    """Return all that a study tells of its finished trials, but for their numbers and times."""
+    return study.table().drop(columns=["trial", "seconds"]).to_csv()
+
+
+def work(url, count):
+    """Work on a study like `search` does until it is done."""
+    study = Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
+    while len(study.finished()) < count:
+        trial = study.ask(count, given)
+        if trial is None:
+            time.sleep(0.01)
+        else:
+            with study.at_work(trial):
+                run_trial(study, trial)
+
+
+def begin_and_hang(path, ready):
+    trial = opened(path).ask(MANY, given)
+    trial.suggest_float("x", -1, 1)
+    ready.set()
+    time.sleep(600)
+
+
+def started(target, *args):
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def kill(process):
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_resumed_study_asks_what_it_would_have_asked(tmp_path):
     whole = run_trials(opened(tmp_path / "a.db"), 14)
-    first = run_trials(opened(tmp_path / "b.db"), 9)
-    assert first + run_trials(opened(tmp_path / "b.db"), 14) == whole
+    run_trials(opened(tmp_path / "b.db"), 9)
+    assert run_trials(opened(tmp_path / "b.db"), 14) == whole
+    table = opened(tmp_path / "a.db").table()
+    assert table["x"].tolist()[:3] == [params["x"] for params in GIVEN]
+    assert set(table["state"]) == {"complete", "pruned"}
 
 
 def test_another_seed_asks_something_else(tmp_path):
-    assert run_trials(opened(tmp_path / "a.db"), 2) != run_trials(opened(tmp_path / "b.db", seed=1), 2)
+    run_trials(one := opened(tmp_path / "a.db"), 4)
+    run_trials(other := opened(tmp_path / "b.db", seed=1), 4)
+    asked, else_asked = one.table()["x"].tolist(), other.table()["x"].tolist()
+    assert asked[:3] == else_asked[:3]
+    assert asked[3] != else_asked[3]
 
 
-def die_in_a_trial(path):
-    study = opened(path)
-    run_trials(study, 3)
-    trial = study.ask(no_given)
-    trial.suggest_float("x", -1, 1)
-    os.kill(os.getpid(), signal.SIGKILL)
+def work_until_killed(url, statement):
+    """Work on a study without an end, and die right before so many statements have been sent to its database."""
+    left = itertools.count(statement, -1)
+
+    def die(*_):
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", die)
+    work(url, MANY)
+
+
+def test_killed_at_any_moment_a_study_is_the_one_without(tmp_path):
+    """Of workers that run one after the other: what is finished, and what the sampler asked, is the same."""
+    moments = random.Random(0)
+    for _ in range(12):
+        worker = started(work_until_killed, at(tmp_path / "killed.db"), moments.randrange(300))
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL
+    killed = opened(tmp_path / "killed.db")
+    finished = len(killed.finished())
+    assert finished > 8  # so that the sampler has had its say
+    assert TrialState.FAIL in [trial.state for trial in killed._study.get_trials(deepcopy=False)]
+    assert outcome(killed) == run_trials(opened(tmp_path / "whole.db"), finished)
 
 
 def test_a_killed_workers_trial_is_asked_again_and_nothing_finished_is_lost(tmp_path):
-    worker = multiprocessing.get_context("spawn").Process(target=die_in_a_trial, args=(tmp_path / "a.db",))
-    worker.start()
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL
-    study = opened(tmp_path / "a.db")
+    study, ready = opened(tmp_path / "a.db"), PROCESSES.Event()
+    run_trials(study, 3)
+    worker = started(begin_and_hang, tmp_path / "a.db", ready)
+    assert ready.wait(60)
+    assert study.ask(4, given) is None  # the fourth is in hand
+    assert [trial.number for trial in study.others()] == [3]
+    kill(worker)
     assert len(study.finished()) == 3
-    assert [trial.state for trial in study._study.get_trials(deepcopy=False)][3:] == [TrialState.FAIL]
-    run_trials(study, 8)
-    run_trials(other := opened(tmp_path / "b.db"), 8)
-    assert [trial.params for trial in study.finished()] == [trial.params for trial in other.finished()]
+    trial = study.ask(4, given)
+    assert [t.state for t in study._study.get_trials(deepcopy=False)][3:] == [TrialState.FAIL, TrialState.RUNNING]
+    assert run_trial(study, trial)
+    assert outcome(study) == run_trials(opened(tmp_path / "b.db"), 4)
 
 
-def test_given_trials_come_first_also_after_a_kill(tmp_path):
-    given = [{"x": 0.25}, {"x": 0.5}]
-
-    def by_index(index):
-        return given[index] if index < 2 else None
-
+def test_what_this_process_gave_up_is_asked_again(tmp_path):
+    """As when a search in a notebook is interrupted and begun anew."""
+    assert opened(tmp_path / "a.db").ask(2, given).suggest_float("x", -1, 1) == 0.25
     study = opened(tmp_path / "a.db")
-    assert study.ask(by_index).suggest_float("x", -1, 1) == 0.25  # asked, never told: the worker is gone
-    study = opened(tmp_path / "a.db")
-    for expected in (0.25, 0.5):
-        trial = study.ask(by_index)
-        assert trial.suggest_float("x", -1, 1) == expected
+    for params in GIVEN[:2]:
+        trial = study.ask(2, given)
+        assert trial.suggest_float("x", -1, 1) == params["x"]
         study.tell(trial, 1.0)
     assert len(study.finished()) == 2
+
+
+def test_of_two_that_claim_a_slot_at_once_the_first_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("kronsearch.search.study.is_gone", lambda worker, me: False)  # as of two processes
+    first, second = opened(tmp_path / "a.db"), opened(tmp_path / "a.db")
+    claim, early = second._claim, []
+
+    def claim_too_late(slot, params):
+        if not early:
+            early.append(first.ask(2, given))
+        return claim(slot, params)
+
+    monkeypatch.setattr(second, "_claim", claim_too_late)
+    late = second.ask(2, given)
+    assert early[0].suggest_float("x", -1, 1) == GIVEN[0]["x"]
+    assert late.suggest_float("x", -1, 1) == GIVEN[1]["x"]
+    assert [trial.state.name for trial in first._study.get_trials()] == ["RUNNING", "FAIL", "RUNNING"]
+
+
+def test_what_was_taken_over_does_not_count_twice(tmp_path):
+    slow = opened(tmp_path / "a.db")
+    trial = slow.ask(1, given)
+    fast = opened(tmp_path / "a.db")  # of the same process: it takes the other one for gone
+    assert run_trial(fast, fast.ask(1, given))
+    with slow.at_work(trial):
+        trial.set_user_attr(SCORE, 1.0)
+        pytest.fail("it goes on with a trial that isn't its own")
+    assert not slow.tell(trial, 1.0)
+    assert len(slow.finished()) == 1
 
 
 def scored(study, *results):
     """Run a trial for each (score, standard error, divergence); None for one that is pruned."""
     for result in results:
-        trial = study.ask(no_given)
+        trial = study.ask(MANY, no_given)
         if result is not None:
             trial.set_user_attr(SCORE, result[0])
             trial.set_user_attr("error", result[1])
@@ -120,7 +237,7 @@ def test_the_sampler_comes_near_to_the_least_divergence(tmp_path):
     """And not to the best score, which here is at the other end."""
     study = opened(tmp_path / "a.db")
     while len(study.finished()) < 40:
-        trial = study.ask(no_given)
+        trial = study.ask(MANY, no_given)
         x = trial.suggest_float("x", -1, 1)
         trial.set_user_attr(SCORE, x)
         study.tell(trial, x**2)
@@ -143,22 +260,82 @@ def test_a_study_with_another_objective_is_refused(tmp_path):
 
 
 def test_a_study_of_somebody_elses_is_refused(tmp_path):
-    import optuna
-
     url = f"sqlite:///{tmp_path / 'a.db'}"
     optuna.create_study(storage=url, study_name="s").ask()
     with pytest.raises(StudyError, match="is not kronsearch's"):
         opened(tmp_path / "a.db")
 
 
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/study.db", "mysql+nodriver://host/db"])
-def test_a_storage_that_cannot_be_opened_is_one_line(url):
-    with pytest.raises(StudyError, match="can't open the storage") as caught:
-        Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
-    assert "\n" not in str(caught.value)
+def test_four_workers_end_with_each_trial_once(tmp_path, url):
+    """On every storage that several workers can share."""
+    count = 8
+    workers = [started(work, url, count) for _ in range(4)]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    study = Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
+    table = study.table()
+    assert sorted(table["slot"]) == list(range(count))
+    assert table["trial"].is_unique
+    assert study.ask(count, given) is None
+    assert study.others() == []
+    for slot, params in enumerate(GIVEN):
+        [x] = table.loc[table["slot"] == slot, "x"]
+        assert x == params["x"]
 
 
-def test_a_file_that_is_no_database_is_one_line(tmp_path):
-    (tmp_path / "a.db").write_text("not a database, but long enough to be looked at by SQLite as one" * 30)
-    with pytest.raises(StudyError, match="can't open the storage"):
-        opened(tmp_path / "a.db")
+@pytest.fixture(params=["sqlite", "journal", "postgresql", "grpc"])
+def url(request, tmp_path):
+    """Return the URL of an empty storage."""
+    if request.param == "sqlite":
+        return at(tmp_path / "a.db")
+    if request.param == "journal":
+        return f"journal:///{tmp_path / 'a.log'}"
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def grpc(tmp_path):
+    """Return the URL of a storage server before a journal."""
+    pytest.importorskip("grpc", reason="needs grpcio and protobuf")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = PROCESSES.Process(target=serve, args=(str(tmp_path / "served.log"), port))
+    server.start()
+    yield f"grpc://127.0.0.1:{port}"
+    server.terminate()
+    server.join()
+
+
+def serve(path, port):
+    backend = optuna.storages.journal.JournalFileBackend(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optuna.storages.run_grpc_proxy_server(
+            optuna.storages.journal.JournalStorage(backend), host="127.0.0.1", port=port
+        )
+
+
+@pytest.fixture
+def postgresql():
+    """Return the URL of an empty database on a server of its own, which ends with the test."""
+    pytest.importorskip("psycopg", reason="needs psycopg")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [shutil.which("initdb")]
+    if found[-1] is None:
+        pytest.skip("needs PostgreSQL's server: no initdb in /usr/lib/postgresql or on the path")
+    programs = Path(found[-1]).parent
+    other = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}  # not as root
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # a short path, as a socket's must be
+    if other:
+        shutil.chown(folder, "postgres", "postgres")
+
+    def run(name, *args):
+        subprocess.run([programs / name, *args], check=True, cwd=folder, stdout=subprocess.DEVNULL, **other)
+
+    run("initdb", "-D", folder / "data", "-U", "tester", "-A", "trust", "--no-sync")
+    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
+    run("pg_ctl", "-D", folder / "data", "-l", folder / "log", "-o", options, "-w", "start")
+    yield f"postgresql+psycopg://tester@/postgres?host={folder}"
+    run("pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop")
+    shutil.rmtree(folder)
