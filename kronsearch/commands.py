@@ -14,7 +14,17 @@ import typer
 from kronsearch.budget import Budget, budgets
 from kronsearch.config import CONFIG_FILE, OptionError, Settings
 from kronsearch.plan import Plan, load_plan
-from kronsearch.report import comparison, console_for, evaluation, front, latency, plan_report, profile_report
+from kronsearch.report import (
+    comparison,
+    console_for,
+    evaluation,
+    front,
+    gain,
+    latency,
+    plan_report,
+    profile_report,
+    times,
+)
 from kronsearch.watching import SearchView
 
 if TYPE_CHECKING:
@@ -63,6 +73,9 @@ def run(settings: Settings) -> None:
     metric = None if data is None else data.task.metric_name
     console = console_for()
     console.print(comparison(result.plan, dense=result.dense, compressed=result.compressed, metric=metric))
+    if metric is not None and result.summary.trials > 1:
+        console.print(gain(result.summary, metric))
+    console.print(times(result.seconds, result.tuning), soft_wrap=True)
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from io import StringIO
+from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +16,8 @@ from kronsearch.plan import Plan
 if TYPE_CHECKING:
     from kronsearch.models.bench import Timing
     from kronsearch.models.profile import ModelCost
+    from kronsearch.search.progress import Phase
+    from kronsearch.search.summary import Summary
     from kronsearch.search.sweep import Front
     from kronsearch.training.evaluate import Evaluation
 
@@ -23,16 +26,30 @@ __all__ = [
     "budget_used",
     "comparison",
     "console_for",
+    "duration",
     "evaluation",
     "front",
+    "gain",
     "latency",
     "one_line",
     "plan_report",
     "profile_report",
+    "times",
 ]
 
 FLOPS = "flops (MACs, as fvcore counts)"
 _WIDTH_OF_FILES = 160
+_NAMES = {
+    "predicted_error": "predicted error",
+    "settled_divergence": "divergence before the fine-tune",
+    "divergence": "divergence after it",
+}
+_PARTS: "dict[str, tuple[Phase, ...]]" = {
+    "preparation": ("profile", "calibrate", "tables"),
+    "trials": ("trials",),
+    "final fine-tune": ("final",),
+    "test": ("test",),
+}
 
 
 def console_for(stream: IO[str] | None = None) -> Console:
@@ -65,6 +82,40 @@ def comparison(
     else:
         table.add_row("predicted error", "0", f"{plan.predicted_error:.4g}", "")
     return Group(table, *map(Text, (*budget_used(plan), *_gap(plan))))
+
+
+def gain(summary: "Summary", metric: str) -> RenderableType:
+    """Return what the trials gained over the plain allocation, and how well cheap measures order plans."""
+    table = _table("on the validation split", numbers=("plain allocation", "best trial", "change"))
+    for name, plain, best, digits in (
+        (metric, summary.plain, summary.best, ".4f"),
+        ("divergence", summary.plain_divergence, summary.best_divergence, ".4g"),
+    ):
+        if best is not None:
+            known = ("pruned", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
+            table.add_row(one_line(name), known[0], f"{best:{digits}}", known[1])
+    lines = [f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early"]
+    lines += [
+        f"rank correlation of {_NAMES[found.cheap]} and {_NAMES[found.dear]}: {found.correlation:.2f}, n {found.n}"
+        for found in summary.agreements
+    ]
+    return Group(table, *map(Text, lines))
+
+
+def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:
+    """Return one line: how long each part of a search took, and how much of all was fine-tuning."""
+    parts = {name: sum(seconds.get(phase, 0.0) for phase in phases) for name, phases in _PARTS.items()}
+    told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if took)
+    return f"time: {told}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people write them, such as 1h05m, 2m00s or 7s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def budget_used(plan: Plan) -> list[str]:

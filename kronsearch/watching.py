@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 
 from kronsearch.budget import Budget, format_count, parse_amount
-from kronsearch.report import one_line
+from kronsearch.report import duration, one_line
 
 if TYPE_CHECKING:
     from kronsearch.search.progress import Phase, Progress
@@ -112,7 +112,7 @@ class SearchView:
                 told.append(f"{name} {format_count(cost)}{_of_limit(cost, written, dense)}")
         left = self._seconds_left(progress)
         if left is not None:
-            told.append(f"{_duration(left)} left")
+            told.append(f"{duration(left)} left")
         if progress.message:
             told.append(one_line(progress.message))
         return told
@@ -142,11 +142,3 @@ def _of_limit(cost: int, written: str | int | None, dense: int | None) -> str:
         return ""
     limit = amount.of(dense or 0)
     return f" of {format_count(limit)} ({cost / limit:.1%})" if limit else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -13,11 +13,14 @@ from kronsearch.report import (
     console_for,
     evaluation,
     front,
+    gain,
     latency,
     one_line,
     plan_report,
     profile_report,
+    times,
 )
+from kronsearch.search.summary import Agreement, Summary
 from kronsearch.search.sweep import Front, Point
 from kronsearch.training.evaluate import Evaluation
 
@@ -141,6 +144,29 @@ def test_timings_are_told_by_setting():
     assert text.count("batch 1, threads 2; ") == 1
     assert row(text, "(the whole network)") == ["(the whole network)", "3", "2", "1.50×", "1.25–1.75", "9"]
     assert row(text, "a.b")[1:] == row(text, "c")[1:]
+
+
+def test_the_gain_of_a_search_is_told():
+    summary = Summary(20, 9, 7, 0.9972, 0.9984, 0.0125, 0.01, (Agreement("predicted_error", "divergence", 0.614, 11),))
+    text = printed(gain(summary, "accuracy"))
+    assert row(text, "accuracy")[1:] == ["0.9972", "0.9984", "+0.0012"]
+    assert row(text, "divergence")[1:] == ["0.0125", "0.01", "-0.0025"]
+    assert "best: trial 7 of 20, 9 of which were stopped early" in text
+    assert "rank correlation of predicted error and divergence after it: 0.61, n 11" in text
+
+
+def test_a_gain_over_what_was_pruned_is_not_told():
+    text = printed(gain(Summary(2, 1, 1, None, 0.5, None, None, ()), "accuracy"))
+    assert row(text, "accuracy")[1:] == ["pruned", "0.5000", ""]
+    assert "divergence" not in text
+
+
+def test_times_are_told_by_part():
+    seconds = {"profile": 1.0, "calibrate": 2.0, "tables": 3.0, "trials": 3600.0, "final": 93.0, "test": 1.0}
+    assert times(seconds, 3330.0) == (
+        "time: preparation 6s, trials 1h00m, final fine-tune 1m33s, test 1s; 90% of it fine-tuning"
+    )
+    assert times({"profile": 1.0}, 0.0) == "time: preparation 1s; 0% of it fine-tuning"
 
 
 def test_an_evaluation_is_told():

@@ -1,10 +1,11 @@
 """What a search or a fine-tune tells whoever watches it. Nothing here prints."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Phase", "Progress", "Watcher", "ignore"]
+__all__ = ["Phase", "Progress", "Stopwatch", "Watcher", "ignore"]
 
 Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "apply", "finetune", "test"]
 
@@ -33,6 +34,29 @@ class Progress:
 
 
 Watcher = Callable[[Progress], None]
+
+
+class Stopwatch:
+    """Passes each step on, and adds up the seconds of each phase: from its steps to the steps that follow.
+
+    Args:
+        watch: whom the steps are passed on to.
+        clock: seconds of a clock that only goes forward.
+    """
+
+    def __init__(self, watch: Watcher, clock: Callable[[], float] = time.monotonic) -> None:
+        self._watch, self._clock = watch, clock
+        self._last: tuple[Phase, float] | None = None
+        self.seconds: dict[Phase, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Note the time of a step."""
+        now = self._clock()
+        if self._last is not None:
+            phase, since = self._last
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        self._last = (progress.phase, now)
+        self._watch(progress)
 
 
 def ignore(progress: Progress) -> None:

@@ -22,12 +22,13 @@ from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
 from kronsearch.search.finish import final_plan, finish, is_done
 from kronsearch.search.prepare import Prepared
-from kronsearch.search.progress import Watcher, ignore
+from kronsearch.search.progress import Phase, Stopwatch, Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study, given_trials, suggest
 from kronsearch.search.subject import Subject
+from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.trial import outcome, score
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
@@ -49,6 +50,8 @@ class SearchResult:
         compressed: the compressed network likewise.
         trials: a row for each finished trial.
         out: where the files are, None if none were asked for.
+        seconds: of each phase, in this call.
+        tuning: seconds of these in which a network was trained.
     """
 
     plan: Plan
@@ -57,6 +60,13 @@ class SearchResult:
     compressed: Evaluation | None
     trials: pd.DataFrame
     out: Path | None
+    seconds: Mapping[Phase, float]
+    tuning: float
+
+    @property
+    def summary(self) -> Summary:
+        """What the trials came to."""
+        return summarise(self.trials, self.plan.provenance.trial or 0)
 
     @property
     def gap(self) -> float:
@@ -120,6 +130,7 @@ def search(
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     started = time.monotonic()
     folder = None if out is None else Path(out)
+    stopwatch = Stopwatch(watch)
     subject = Subject(
         model,
         data,
@@ -129,7 +140,7 @@ def search(
         seed=seed,
         out=folder,
         cache=cache,
-        watch=watch,
+        watch=stopwatch,
     )
     limits = budget.limits(dense_macs=subject.cost.macs, dense_params=subject.cost.params)
     check_reachable(subject.cost, subject.space, limits)
@@ -166,7 +177,7 @@ def search(
         save_plan(plan, folder / "plan.json")
         _save_table(ledger.table(), folder)
     dense, compressed = run.test(small)
-    return SearchResult(plan, small, dense, compressed, ledger.table(), folder)
+    return SearchResult(plan, small, dense, compressed, ledger.table(), folder, stopwatch.seconds, run.tuning)
 
 
 class _Run:
@@ -211,6 +222,11 @@ class _Run:
         if self._scorer is None and self.data is not None:
             self._scorer = self._scorer_with(self.subject.prepared())
         return self._scorer
+
+    @property
+    def tuning(self) -> float:
+        """Seconds in which a network was trained."""
+        return 0.0 if self._scorer is None else self._scorer.tuning
 
     def _scorer_with(self, prepared: Prepared) -> Scorer | None:
         if self.data is None:

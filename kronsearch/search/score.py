@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -33,7 +34,7 @@ _PROXY, _FINAL = 11, 12  # streams of random numbers
 
 
 class Scorer:
-    """A dense network, its data, and what is kept between trials.
+    """A dense network, its data, and what is kept between trials; `tuning` is how many seconds it has trained for.
 
     Args:
         dense: the network, on `device`; it is the teacher, and is never changed.
@@ -53,6 +54,7 @@ class Scorer:
     ) -> None:
         self.dense, self.data, self.metrics, self.settings, self.device = dense, data, metrics, settings, device
         self._precision = precision_for(device)
+        self.tuning = 0.0
         self._factorised: dict[tuple[str, SeKronSpec], SeKronLayer] = {}
         self._teacher = self._teacher_outputs()
 
@@ -124,7 +126,7 @@ class Scorer:
     def _finetune(
         self, model: nn.Module, settings: TrainSettings, generator: torch.Generator, every: int
     ) -> Iterator[StepReport]:
-        return finetune_steps(
+        steps = finetune_steps(
             model,
             self.data,
             settings,
@@ -134,3 +136,10 @@ class Scorer:
             device=self.device,
             report_every=every,
         )
+        while True:
+            began = time.monotonic()
+            report = next(steps, None)
+            self.tuning += time.monotonic() - began
+            if report is None:
+                return
+            yield report

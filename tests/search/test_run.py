@@ -111,6 +111,16 @@ def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(fou
     assert (result.trials["settled_divergence"] > result.trials["divergence"]).all()
 
 
+def test_the_summary_and_the_times_are_of_the_trials(found):
+    result, _ = found
+    summary = result.summary
+    assert (summary.trials, summary.winner) == (2, result.plan.provenance.trial)
+    assert summary.best == result.plan.score.value
+    assert summary.plain_divergence == result.trials["divergence"][0]
+    assert set(result.seconds) == {"profile", "calibrate", "tables", "trials", "final", "test"}
+    assert 0 < result.tuning < result.seconds["trials"] + result.seconds["final"]
+
+
 def test_every_phase_is_told_in_order(found):
     _, told = found
     phases = list(dict.fromkeys(step.phase for step in told))

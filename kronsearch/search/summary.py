@@ -1,0 +1,89 @@
+"""What a search gained, told from its finished trials."""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import pandas as pd
+
+__all__ = ["Agreement", "Summary", "summarise"]
+
+_PLAIN = 0  # the slot of the plain allocation, with which every study begins
+_FIDELITIES = ("predicted_error", "settled_divergence", "divergence")  # what is known of a plan, by what it costs
+_FEWEST = 5  # plans to tell a rank correlation of
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one measure orders plans like another.
+
+    Args:
+        cheap: name of the column that costs less to know.
+        dear: of the other one.
+        correlation: Spearman's rank correlation of the two.
+        n: number of different plans that it is of: those whose trials have both, and for the last column ended.
+    """
+
+    cheap: str
+    dear: str
+    correlation: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the trials of a study came to.
+
+    Args:
+        trials: how many are finished.
+        pruned: how many of them were stopped early, or diverged.
+        winner: the number of the winner.
+        plain: score of the plain allocation, with which every study begins; None if that was pruned.
+        best: the winner's.
+        plain_divergence: of the plain allocation's outputs from the dense network's; None if it isn't known.
+        best_divergence: the winner's.
+        agreements: of the measures that come before the last with it and each other, where there are enough plans.
+    """
+
+    trials: int
+    pruned: int
+    winner: int
+    plain: float | None
+    best: float
+    plain_divergence: float | None
+    best_divergence: float | None
+    agreements: tuple[Agreement, ...]
+
+
+def summarise(trials: pd.DataFrame, winner: int) -> Summary:
+    """Return the summary of a study's table and the number of its winner."""
+    won = trials[trials["trial"] == winner].iloc[0]
+    ended = trials[trials["state"] == "complete"]
+    plain = ended[ended["slot"] == _PLAIN]
+    return Summary(
+        trials=len(trials),
+        pruned=len(trials) - len(ended),
+        winner=winner,
+        plain=None if plain.empty else float(plain.iloc[0]["score"]),
+        best=float(won["score"]),
+        plain_divergence=None if plain.empty else _number(plain.iloc[0], "divergence"),
+        best_divergence=_number(won, "divergence"),
+        agreements=tuple(
+            found
+            for cheap, dear in combinations(_FIDELITIES, 2)
+            if (found := _agreement(ended if dear == _FIDELITIES[-1] else trials, cheap, dear)) is not None
+        ),
+    )
+
+
+def _agreement(trials: pd.DataFrame, cheap: str, dear: str) -> Agreement | None:
+    if not {cheap, dear, "digest"} <= set(trials.columns):
+        return None
+    both = trials.drop_duplicates("digest")[[cheap, dear]].dropna()
+    if len(both) < _FEWEST or (both.nunique() < 2).any():
+        return None
+    ranks = both.rank()
+    return Agreement(cheap, dear, float(ranks[cheap].corr(ranks[dear])), len(both))
+
+
+def _number(row: "pd.Series[float]", name: str) -> float | None:
+    return float(row[name]) if name in row.index and pd.notna(row[name]) else None
