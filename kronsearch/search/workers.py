@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -97,12 +98,16 @@ class Lookout:
 
 
 def _machine() -> str:
-    """Return the host's name, and that of its processes' numbers: two containers may share the first."""
-    try:
-        numbers = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        numbers = ""
-    return f"{socket.gethostname()} {numbers}".strip()
+    """Return what tells this machine from others, and is the same after it has been started again.
+
+    Two machines may share a host name, and two containers that and the machine's id, but not the numbers of processes.
+    """
+    told = [socket.gethostname()]
+    with suppress(OSError):
+        told.append(Path("/etc/machine-id").read_text(encoding="utf-8").strip())
+    with suppress(OSError):
+        told.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(told)
 
 
 def _born(pid: int) -> str | None:
