@@ -18,6 +18,7 @@ from kronsearch.config import Settings
 from kronsearch.errors import BudgetError
 from kronsearch.models.bench import Timing
 from kronsearch.plan import save_plan
+from kronsearch.search.summary import Summary
 from kronsearch.training.evaluate import Evaluation
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,15 @@ def calls(monkeypatch, plan):
         if calls.error is not None:
             raise calls.error
         result = Evaluation(0.5, 1.0, None, 10) if calls.data is not None else None
-        return SimpleNamespace(plan=plan, dense=result, compressed=result, out=Path(options["out"]))
+        return SimpleNamespace(
+            plan=plan,
+            dense=result,
+            compressed=result,
+            out=Path(options["out"]),
+            summary=Summary(2, 0, 1, 0.25, 0.5, None, None, ()),
+            seconds={"trials": 90.0},
+            tuning=45.0,
+        )
 
     monkeypatch.setattr("kronsearch.models.loading.load_model", load_model)
     monkeypatch.setattr("kronsearch.models.loading.default_input_shape", lambda spec, model: (3, 224, 224))
