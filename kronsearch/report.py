@@ -2,8 +2,8 @@
 
 import json
 import sys
-from io import StringIO
 from collections.abc import Mapping
+from io import StringIO
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
