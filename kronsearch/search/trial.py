@@ -2,20 +2,22 @@
 
 import math
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from kronsearch.plan import Plan
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import SCORE
+from kronsearch.search.study import SCORE, STOPPED, was_stopped
 from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["outcome", "score"]
 
-_MEASURED = ("settled", "settled_divergence", SCORE, "error", "divergence", "examples")
+_MEASURED = ("settled", "settled_divergence", SCORE, "error", "divergence", "examples", STOPPED)
 
 
 def score(trial: Trial, plan: Plan, scorer: Scorer | None, twin: FrozenTrial | None, *, seed: int) -> float | None:
-    """Return the objective of a plan, None if it is pruned or diverges, and write what was measured to its trial.
+    """Return the objective of a plan, None if it diverges, and write what was measured to its trial.
+
+    Of a trial that is stopped early it is what it was by then, and the trial says so.
 
     Args:
         trial: which is told of every evaluation, and may be pruned at each.
@@ -29,31 +31,31 @@ def score(trial: Trial, plan: Plan, scorer: Scorer | None, twin: FrozenTrial | N
         return plan.predicted_error
     if twin is not None:
         for key in _MEASURED:
-            trial.set_user_attr(key, twin.user_attrs.get(key))
-        return twin.value if twin.state is TrialState.COMPLETE else None
+            if key in twin.user_attrs:
+                trial.set_user_attr(key, twin.user_attrs[key])
+        return twin.value
     small = scorer.build(plan.replaced)
     settled = scorer.validate(small)
     trial.set_user_attr("settled", settled.metric)
     trial.set_user_attr("settled_divergence", settled.divergence)
-    last, keeps = None, False
-    for step, evaluation in enumerate(scorer.proxy(small, seed)):
-        keeps = math.isfinite(_objective(evaluation))
-        if keeps:
-            last = evaluation
-            trial.report(_objective(evaluation), step)
-            keeps = not trial.should_prune()
-        if not keeps:
+    last = None
+    for step, last in enumerate(scorer.proxy(small, seed)):
+        if not math.isfinite(_objective(last)):
+            return None
+        trial.report(_objective(last), step)
+        if trial.should_prune():
+            trial.set_user_attr(STOPPED, True)
             break
     if last is None:
         return None
-    for key, value in zip(_MEASURED[2:], (last.metric, last.error, last.divergence, last.n), strict=True):
+    for key, value in zip(_MEASURED[2:6], (last.metric, last.error, last.divergence, last.n), strict=True):
         trial.set_user_attr(key, value)
-    return _objective(last) if keeps else None
+    return _objective(last)
 
 
 def outcome(trial: Trial, value: float | None) -> str:
     """Return what came of a trial, in a few words; `value` is what `score` returned."""
-    if value is None:
+    if value is None or was_stopped(trial):
         return "pruned"
     divergence = trial.user_attrs.get("divergence")
     return f"scored {trial.user_attrs[SCORE]:.4f}" + ("" if divergence is None else f", divergence {divergence:.3g}")

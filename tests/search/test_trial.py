@@ -56,18 +56,21 @@ def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(
     assert outcome(trial, 0.75) == "scored 0.6250, divergence 0.75"
 
 
-def test_a_pruned_trial_keeps_the_score_that_it_had(study, plan):
+def test_a_trial_that_is_stopped_has_the_objective_that_it_had_by_then(study, plan):
     trial = study.ask()
-    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(0.5)), None, seed=SEED) is None
+    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(0.5)), None, seed=SEED) == 3.0
     assert trial.user_attrs["divergence"] == 3.0
-    assert outcome(trial, None) == "pruned"
+    assert trial.user_attrs["stopped"] is True
+    assert outcome(trial, 3.0) == "pruned"
 
 
 def test_a_trial_that_diverges_has_no_objective(study, plan):
     """Also if it did not at first."""
     lost = Evaluation(math.nan, math.nan, math.nan, 0)
     for evaluations in ((lost,), (evaluation(1.0), lost), ()):
-        assert score(study.ask(), plan, Told(evaluation(1.0), *evaluations), None, seed=SEED) is None
+        trial = study.ask()
+        assert score(trial, plan, Told(evaluation(1.0), *evaluations), None, seed=SEED) is None
+        assert outcome(trial, None) == "pruned"
 
 
 def test_without_the_dense_outputs_the_loss_is_the_objective(study, plan):
@@ -77,10 +80,12 @@ def test_without_the_dense_outputs_the_loss_is_the_objective(study, plan):
 def test_a_plan_that_was_measured_is_not_measured_again(study, plan):
     first = study.ask()
     study.tell(first, score(first, plan, Told(evaluation(1.5), evaluation(1.0)), None, seed=SEED))
-    pruned = study.ask()
-    assert score(pruned, plan, Told(evaluation(1.5), evaluation(3.0)), None, seed=SEED) is None
-    study.tell(pruned, state=TrialState.PRUNED)
-    for twin, objective in zip(study.get_trials(), (1.0, None), strict=True):
+    stopped = study.ask()
+    study.tell(stopped, score(stopped, plan, Told(evaluation(1.5), evaluation(3.0)), None, seed=SEED))
+    lost = study.ask()
+    assert score(lost, plan, Told(evaluation(1.5), evaluation(math.nan)), None, seed=SEED) is None
+    study.tell(lost, state=TrialState.PRUNED)
+    for twin, objective in zip(study.get_trials(), (1.0, 3.0, None), strict=True):
         trial, scorer = study.ask(), Told(evaluation(1.5))
         assert score(trial, plan, scorer, twin, seed=SEED) == objective
         assert scorer.built == []
