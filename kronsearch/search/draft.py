@@ -68,7 +68,7 @@ class Draft:
                 max_params=limits.params,
             ),
             dense=Cost(macs=cost.macs, params=cost.params),
-            compressed=Cost(macs=allocation.macs, params=allocation.params),
+            compressed=Cost(macs=allocation.costs["macs"], params=allocation.costs["params"]),
             layers=layers,
             decomposition=self.decomposition,
             predicted_error=problem.predicted_error(allocation.chosen),

@@ -220,8 +220,8 @@ class _Run:
         for key, attribute in (
             (PLAN, plan.model_dump_json()),
             ("digest", digest),
-            ("macs", allocation.macs),
-            ("params", allocation.params),
+            ("macs", plan.compressed.macs),
+            ("params", plan.compressed.params),
             ("predicted_error", plan.predicted_error),
             ("gap", allocation.gap),
         ):
@@ -235,8 +235,8 @@ class _Run:
             wanted,
             f"trial {trial.number} " + ("pruned" if value is None else f"scored {value:.4f}"),
             best=None if best is None else best.value,
-            macs=allocation.macs,
-            params=allocation.params,
+            macs=plan.compressed.macs,
+            params=plan.compressed.params,
         )
 
     def _score(self, trial: Trial, plan: Plan, twin: FrozenTrial | None) -> float | None:

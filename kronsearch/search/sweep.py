@@ -160,7 +160,7 @@ def _allocations(problems: Sequence[Problem], subject: Subject) -> list[Allocati
     subject.tell("budgets", len(problems), len(problems))
     best = []
     for problem, own in zip(problems, found, strict=True):
-        fitting = (other for other in found if problem.bounds.hold(macs=other.macs, params=other.params))
+        fitting = (other for other in found if problem.bounds.hold(**other.costs))
         least = min(fitting, key=lambda other: other.error)
         proven = own.error * (1 - own.gap)
         gap = max(0.0, (least.error - proven) / least.error) if least.error > 0 else 0.0

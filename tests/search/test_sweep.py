@@ -104,8 +104,9 @@ def problem(macs, allocation):
 def test_what_was_found_for_a_smaller_budget_serves_a_larger_one_too():
     from kronsearch.search.sweep import _allocations
 
-    good, poor = Allocation((1,), 40, 9, 0.50, gap=0.0), Allocation((2,), 60, 9, 0.51, gap=0.04)
-    cheap = Allocation((3,), 20, 9, 0.9, gap=0.1)
+    good = Allocation((1,), {"macs": 40, "params": 9}, 0.50, gap=0.0)
+    poor = Allocation((2,), {"macs": 60, "params": 9}, 0.51, gap=0.04)
+    cheap = Allocation((3,), {"macs": 20, "params": 9}, 0.9, gap=0.1)
     told = SimpleNamespace(tell=lambda *step: None)
     best = _allocations([problem(30, cheap), problem(50, good), problem(70, poor)], told)
     assert [allocation.chosen for allocation in best] == [(3,), (1,), (1,)]
