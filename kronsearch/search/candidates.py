@@ -99,9 +99,8 @@ class Candidates:
 
     def take(self, chosen: NDArray[Any]) -> "Candidates":
         """Return the chosen candidates, given by index or mask."""
-        columns = (column[chosen] for column in (self.sequence, self.rank, self.macs, self.params, self.error))
-        latency = None if self.latency is None else self.latency[chosen]
-        return Candidates(self.name, self.kernel_shape, self.sequences, *columns, latency=latency)
+        columns = ("sequence", "rank", "macs", "params", "error", *(() if self.latency is None else ("latency",)))
+        return replace(self, **{column: getattr(self, column)[chosen] for column in columns})
 
 
 def sequences(
