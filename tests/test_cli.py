@@ -72,6 +72,7 @@ def test_options_reach_the_search(calls):
     result = invoke(
         *("run", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--input-shape", "1,8,8", "--budget-flops", "1G", "--budget-params", "20%", "--space", "spatial"),
+        *("--budget-latency", "70%", "--latency-batch", "8", "--latency-threads", "1", "--allow-slower"),
         *("--trials", "3", "--timeout", "2m", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
         *("--cache", "kept", "--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
     )
@@ -82,7 +83,10 @@ def test_options_reach_the_search(calls):
     assert args == (calls.model, calls.data)
     assert watch.__name__ == "ignore"
     assert options == {
-        "budget": Budget(flops="1G", params="20%"),
+        "budget": Budget(flops="1G", params="20%", latency="70%"),
+        "latency_batch": 8,
+        "latency_threads": 1,
+        "allow_slower": True,
         "trials": 3,
         "timeout": 2 * 60.0,
         "space": "spatial",
@@ -116,7 +120,7 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
     result = invoke(
         *("sweep", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--budget-flops", "25%:90%:20", "--space", "spatial", "--out", "there", "--cache", "kept", "--seed", "5"),
-        *("--input-shape", "1,8,8", "--device", "cpu", "--quiet"),
+        *("--input-shape", "1,8,8", "--device", "cpu", "--quiet", "--budget-latency", "5ms", "--latency-batch", "2"),
     )
     assert calls.load_model == ("m:f", "w.pt", {"a": 1})
     [(args, options)] = swept
@@ -125,6 +129,10 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
     assert options == {
         "flops": "25%:90%:20",
         "params": "40%",
+        "latency": "5ms",
+        "latency_batch": 2,
+        "latency_threads": 1,
+        "allow_slower": False,
         "space": "spatial",
         "out": "there",
         "cache": "kept",

@@ -3,8 +3,8 @@
 Memory isn't told: a process sees its own peak only, in which both networks and what the allocator keeps are mixed.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError
 from kronsearch.files import replacing
-from kronsearch.models.timing import Layout, Network, Run, paired, random_inputs, threads_set
+from kronsearch.models.timing import Clock, Layout, Network, Run, as_model_error, paired, random_inputs, threads_set
 from kronsearch.sekron.layers import SeKronLayer
 
 __all__ = ["Timing", "bench", "save_timings"]
@@ -65,6 +65,7 @@ def bench(
     seconds: float = 5.0,
     layers: bool = True,
     device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
 ) -> list[Timing]:
     """Time a dense network and a compressed one that was made of it, as they are run in eval mode without gradients.
 
@@ -83,6 +84,7 @@ def bench(
             trying the layouts half of it. There are five pairs of runs at the least.
         layers: whether the layers are timed, too.
         device: to run on.
+        clock: seconds of a clock that only goes forward.
 
     Raises:
         ModelError: a network can't run on such inputs, or nothing of it is replaced.
@@ -95,9 +97,9 @@ def bench(
     for count in (now,) if threads is None else threads:
         with threads_set(count), torch.inference_mode():
             for batch in batches:
-                with _as_model_error((batch, *input_shape)):
-                    inputs = random_inputs(batch, input_shape, device)
-                    timings = islice(_timings(ours, theirs, inputs, seconds), None if layers else 1)
+                with as_model_error((batch, *input_shape)):
+                    inputs = random_inputs(batch, *input_shape, device=device)
+                    timings = islice(_timings(ours, theirs, inputs, seconds, clock), None if layers else 1)
                     found += [Timing(batch=batch, threads=count, **timed) for timed in timings]
     return found
 
@@ -108,17 +110,21 @@ def save_timings(timings: Sequence[Timing], path: Path) -> None:
         pd.DataFrame([asdict(timing) for timing in timings]).to_csv(temporary, index=False)
 
 
-def _timings(dense: Network, compressed: Network, inputs: Tensor, seconds: float) -> Iterator[dict[str, Any]]:
+def _timings(
+    dense: Network, compressed: Network, inputs: Tensor, seconds: float, clock: Clock
+) -> Iterator[dict[str, Any]]:
     """Yield the timings of the whole network and of each replaced layer: all but batch and threads."""
-    our_layout, their_layout = (network.faster_layout(inputs, seconds / 4) for network in (dense, compressed))
+    our_layout, their_layout = (
+        network.faster_layout(inputs, seconds / 4, clock=clock) for network in (dense, compressed)
+    )
     told = {"dense_layout": our_layout, "compressed_layout": their_layout}
     ours, theirs = dense.run(our_layout, inputs), compressed.run(their_layout, inputs)
-    yield {"layer": "", **_summary(paired(ours, theirs, seconds, inputs.device)), **told}
+    yield {"layer": "", **_summary(paired(ours, theirs, seconds, inputs.device, clock=clock)), **told}
     large, small = dense.copies[our_layout], compressed.copies[their_layout]
     names = [name for name, module in small.named_modules() if isinstance(module, SeKronLayer)]
     our_calls, their_calls = _calls(large, names, ours), _calls(small, names, theirs)
     for name in our_calls:
-        times = paired(our_calls[name], their_calls[name], seconds / len(our_calls), inputs.device)
+        times = paired(our_calls[name], their_calls[name], seconds / len(our_calls), inputs.device, clock=clock)
         yield {"layer": name, **_summary(times), **told}
 
 
@@ -154,15 +160,3 @@ def _summary(times: NDArray[np.float64]) -> dict[str, float]:
         "speedup_high": float(high),
         "pairs": len(times),
     }
-
-
-@contextmanager
-def _as_model_error(shape: tuple[int, ...]) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"the network can't run on inputs of shape {shape} ({reason}): pass a smaller --batch, and to "
-            "`kronsearch.bench` the input_shape that the network was made for"
-        ) from error

@@ -97,6 +97,10 @@ class Candidates:
         costs = {"macs": self.macs, "params": self.params}
         return costs if self.latency is None else {**costs, "latency": self.latency}
 
+    def with_latency(self, latency: NDArray[np.int64]) -> "Candidates":
+        """Return the candidates with these latencies."""
+        return replace(self, latency=latency)
+
     def take(self, chosen: NDArray[Any]) -> "Candidates":
         """Return the chosen candidates, given by index or mask."""
         columns = ("sequence", "rank", "macs", "params", "error", *(() if self.latency is None else ("latency",)))

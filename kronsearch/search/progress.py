@@ -6,7 +6,7 @@ from typing import Literal
 
 __all__ = ["Phase", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "test"]
+Phase = Literal["profile", "calibrate", "tables", "latency", "budgets", "trials", "final", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)

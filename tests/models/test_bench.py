@@ -82,7 +82,7 @@ def test_threads_modes_and_gradients_are_as_before(networks, fails):
         network.register_forward_pre_hook(watch)
     states = [copy.deepcopy(network.state_dict()) for network in networks]
     if fails:
-        with pytest.raises(ModelError, match=r"inputs of shape \(1, 3, 6, 6\) \(no memory\): pass a smaller --batch"):
+        with pytest.raises(ModelError, match=r"inputs of shape \(1, 3, 6, 6\) \(no memory\): pass a smaller batch"):
             timed(networks, threads=(before + 1,))
     else:
         timed(networks, threads=(before + 1,))
@@ -134,7 +134,7 @@ def test_a_layer_is_run_on_the_inputs_of_all_its_calls(networks):
 def test_each_network_is_timed_in_the_layout_that_it_is_faster_in(networks, monkeypatch):
     slow = {"contiguous"}
 
-    def paired(first, second, seconds, device):
+    def paired(first, second, seconds, device, *, clock):
         return np.array([[2.0, 1.0]]) if slow else np.array([[1.0, 2.0]])
 
     monkeypatch.setattr(timing, "paired", paired)
