@@ -12,7 +12,7 @@ from torch import nn
 from kronsearch.budget import Budget, budgets
 from kronsearch.errors import BudgetError
 from kronsearch.files import make_folder, replacing
-from kronsearch.plan import Plan, save_plan
+from kronsearch.plan import Latency, Plan, PlanBudget, save_plan
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.draft import Draft
@@ -62,21 +62,23 @@ class Front:
             {
                 "budget_flops": point.plan.budget.flops,
                 "budget_params": point.plan.budget.params,
-                "budget_latency": point.plan.budget.latency,
                 "max_macs": point.plan.budget.max_macs,
                 "max_params": point.plan.budget.max_params,
                 "macs": point.plan.compressed.macs,
                 "params": point.plan.compressed.params,
-                "latency_ms": None if point.plan.latency is None else point.plan.latency.compressed_ms,
-                "latency_ratio": None if point.plan.latency is None else point.plan.latency.ratio,
                 "predicted_error": point.plan.predicted_error,
                 "weighed_error": point.weighed_error,
                 "gap": point.plan.provenance.gap,
+                **({} if (taken := point.plan.latency) is None else _latency(point.plan.budget, taken)),
                 "plan": point.name,
             }
             for point in self.points
         ]
         return pd.DataFrame(rows)
+
+
+def _latency(budget: PlanBudget, taken: Latency) -> dict[str, object]:
+    return {"budget_latency": budget.latency, "latency_ms": taken.compressed_ms, "latency_ratio": taken.ratio}
 
 
 def sweep(
