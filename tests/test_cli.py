@@ -215,6 +215,8 @@ def test_help_tells_the_real_defaults():
     for name in ("trials", "out", "device", "seed", "space"):
         assert re.search(rf"--{name} [^\]]*\[default: {getattr(Settings(), name)}\]", shown), name
     assert f"[default: {Settings().final_epochs:g}]" in shown
+    for name, default in (("batch", Settings().latency_batch), ("threads", Settings().latency_threads)):
+        assert re.search(rf"--latency-{name} [^\]]*\[default: {default}\]", shown), name
     shown = " ".join(invoke("bench", "--help").stdout.split())
     assert re.search(rf"--batch [^\]]*\[default: {Settings().batch[0]}\]", shown)
     assert re.search(rf"--seconds [^\]]*\[default: {Settings().seconds:g}\]", shown)
@@ -251,6 +253,9 @@ def test_a_malformed_file_is_one_line(command):
         (("run", "--model", "zoo:digits"), "error: no budget given"),
         (("run", "--model", "zoo:digits", "--budget-flops", "lots"), "error: a budget of flops 'lots'"),
         (("run", "--model", "zoo:digits", "--budget-flops", "1G", "--timeout", "1d"), "error: --timeout 1d: write a"),
+        (("run", "--model", "zoo:digits", "--budget-latency", "5"), "error: a budget of latency '5' can't be read"),
+        (("run", "--model", "zoo:digits", "--latency-batch", "0"), "error: --latency-batch 0: "),
+        (("sweep", "--model", "zoo:digits", "--budget-latency", "5ms"), "error: one budget given: pass several"),
         (("sweep", "--budget-flops", "30%,50%"), "error: no --model given"),
         (("sweep", "--model", "zoo:digits"), "error: no budgets given: pass several"),
         (("sweep", "--model", "zoo:digits", "--budget-flops", "50%"), "error: one budget given: pass several"),

@@ -1,6 +1,6 @@
 """Latency in a search: which candidates are too slow, and plans that were measured to keep their budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -76,29 +76,22 @@ class Pace:
         With a budget of latency: the candidates that were measured, and a limit in their terms under which the plain
         allocation, measured as a whole network, keeps the budget and uses most of it.
 
-        Without: the candidates that aren't slower than their dense layer, and under a budget of MACs a network that is
-        predicted to take at most 1.3 times its part of them: half the MACs in 65 % of the time. That is let go where it
-        can't be had, or not for 1.5 times the weighed error: first the second, then both.
+        Without: the candidates that aren't slower than their dense layer, and under a budget of MACs a limit likewise,
+        of 1.3 times the part of them that it leaves: half the MACs in 65 % of the time. That is let go where it can't
+        be had, or not for 1.5 times the weighed error: first the second, then both.
 
         Raises:
             BudgetError: the budget can't be reached.
         """
         if not self.measures:
             return plain
+        if not plain.candidates:
+            raise BudgetError(f"a budget of {self.budget} can't be kept: the model has no layer that can be replaced")
         timed = self.stopwatch.timed(plain.candidates, keep_slower=self.allow_slower)
         problem = replace(plain, candidates=timed, latency=self.stopwatch.nanoseconds)
         if self.bounded:
-            return self._aimed(problem)
-        asked = [problem]
-        if plain.limits.macs is not None:
-            fair = int(_FAIR * plain.limits.macs / plain.cost.macs * self.stopwatch.nanoseconds)
-            asked.insert(0, replace(problem, limits=replace(plain.limits, latency=fair)))
-        most = _WORTH * plain.allocate(_PLAIN).error
-        for wish in asked:
-            with suppress(BudgetError):
-                if wish.allocate(_PLAIN).error <= most:
-                    return wish
-        return plain
+            return self._aimed(problem, self.used)
+        return self._unbounded(plain, problem)
 
     def allocate(self, problem: Problem, weighing: Weighing) -> tuple[Allocation, Latency | None] | None:
         """Return the allocation and, with a budget of latency, what it was measured to take; None if it misses that.
@@ -129,8 +122,34 @@ class Pace:
         amount = parse_amount(self.budget.latency, name="latency")
         return (latency.ratio if amount.relative else 1e6 * latency.compressed_ms) / float(amount.value)
 
-    def _aimed(self, problem: Problem) -> Problem:
-        """Return the problem with the limit of latency at which the plain allocation was measured to use the budget."""
+    def _unbounded(self, plain: Problem, problem: Problem) -> Problem:
+        """Return what trials are about without a budget of latency, given it without and with measured latencies."""
+        most = _WORTH * plain.allocate(_PLAIN).error
+
+        def is_worth_it(wish: Problem) -> bool:
+            try:
+                return wish.allocate(_PLAIN).error <= most
+            except BudgetError:
+                return False
+
+        if not is_worth_it(problem):
+            return plain
+        part = 1.0 if plain.limits.macs is None else _FAIR * plain.limits.macs / plain.cost.macs
+        if part >= 1:
+            return problem
+        fair = replace(problem, limits=replace(plain.limits, latency=int(part * self.stopwatch.nanoseconds)))
+        with suppress(BudgetError):
+            if is_worth_it(fair) and is_worth_it(fair := self._aimed(fair, lambda latency: latency.ratio / part)):
+                return fair
+        return problem
+
+    def _aimed(self, problem: Problem, used_of: Callable[[Latency], float]) -> Problem:
+        """Return the problem with the limit of latency at which the plain allocation was measured to use its budget.
+
+        Args:
+            problem: with the limit to begin with.
+            used_of: tells which part of the budget was measured to be used.
+        """
         limit = problem.limits.latency or 0
         best: Problem | None = None
         fastest: Latency | None = None
@@ -145,7 +164,7 @@ class Pace:
             latency = self.stopwatch.compare(specs_of(problem.candidates, allocation))
             if fastest is None or latency.ratio < fastest.ratio:
                 fastest = latency
-            used = self.used(latency)
+            used = used_of(latency)
             if used <= 1 and (best is None or limit > (best.limits.latency or 0)):
                 best = problem
             if _CLOSE <= used <= 1 or (used < 1 and limit == self.stopwatch.nanoseconds - 1):

@@ -1,8 +1,10 @@
 """What latency does to a search, on a hand-made machine where a network takes the sum of its layers' times."""
 
+from dataclasses import replace
+
 import pytest
 
-from kronsearch.budget import Budget, Limits
+from kronsearch.budget import Budget
 from kronsearch.errors import BudgetError
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.pace import Pace, specs_of
@@ -57,12 +59,32 @@ def test_what_is_slower_than_its_dense_layer_is_not_chosen(pose, monkeypatch):
     assert pace.allocate(problem, PLAIN) == (problem.allocate(PLAIN), None)
 
 
-def test_a_network_shall_take_little_more_than_its_part_of_the_time(pose, honest):
+@pytest.mark.parametrize("noise", [1.0, 1.1])
+def test_a_network_shall_take_little_more_than_its_part_of_the_time(pose, honest, noise, monkeypatch):
+    monkeypatch.setattr("kronsearch.search.pace._WORTH", 100.0)
+    pace, plain, _ = pose(Budget(flops="50%"), honest, noise=noise)
+    problem = pace.problem(plain)
+    part = 1.3 * plain.limits.macs / plain.cost.macs
+    assert problem.limits.macs == plain.limits.macs
+    assert problem.limits.latency <= part * pace.stopwatch.nanoseconds * (1 if noise == 1 else 0.95)
+    allocation, latency = pace.allocate(problem, PLAIN)
+    assert latency is None
+    assert problem.limits.hold(**allocation.costs)
+    assert pace.stopwatch.compare(specs_of(problem.candidates, allocation)).ratio <= part
+
+
+def test_a_network_that_keeps_most_of_its_flops_may_take_its_time(pose, honest):
+    pace, plain, timer = pose(Budget(flops="90%"), honest)
+    assert pace.problem(plain).limits == plain.limits
+    assert not timer.compared
+
+
+def test_what_costs_too_much_is_let_go(pose, honest, monkeypatch):
+    monkeypatch.setattr("kronsearch.search.pace._FAIR", 0.6)
     pace, plain, _ = pose(Budget(flops="50%"), honest)
     problem = pace.problem(plain)
-    most = int(1.3 * plain.limits.macs / plain.cost.macs * pace.stopwatch.nanoseconds)
-    assert problem.limits == Limits(plain.limits.macs, latency=most)
-    assert problem.allocate(PLAIN).costs["latency"] <= most
+    assert problem.limits == plain.limits
+    assert problem.latency == pace.stopwatch.nanoseconds
 
 
 @pytest.mark.parametrize("parts", [lambda spec: 2.0, slow_but(Structure.BOTTLENECK)])
@@ -117,6 +139,12 @@ def test_a_latency_that_the_dense_network_keeps_is_refused(pose, honest):
         pose(Budget(latency="100%"), honest)
     with pytest.raises(BudgetError, match="nothing needs to be done"):
         pose(Budget(latency="1s", flops="200%"), honest)
+
+
+def test_a_network_without_replaceable_layers_is_refused(pose, honest):
+    pace, plain, _ = pose(Budget(latency="50%"), honest)
+    with pytest.raises(BudgetError, match="latency 50% can't be kept: the model has no layer that can be replaced"):
+        pace.problem(replace(plain, candidates=[]))
 
 
 def test_the_setting_is_part_of_a_study(pose, honest):
