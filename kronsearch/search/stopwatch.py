@@ -189,7 +189,7 @@ class Stopwatch:
         kept = self._shelf.get("dense-latency", key)
         if kept is None or {name: len(t) for name, t in kept.items()} != {"times": 1 + len(self._names), "layout": 1}:
             with threads_set(self.setting.threads), torch.inference_mode(), as_model_error(self._shape):
-                layout = self._copies.faster_layout(self._inputs("contiguous"), _COMPARING / 2, clock=self._clock)
+                layout = self._copies.faster_layout(self._inputs("contiguous"), _COMPARING / 4, clock=self._clock)
             (found,) = self._time([{}], layout, _SURVEY)
             times = [float(np.quantile(found[name], _QUARTILE)) for name in ("", *self._names)]
             kept = {
