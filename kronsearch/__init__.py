@@ -1,4 +1,4 @@
-"""kronsearch: smaller networks by a search over Kronecker factorizations (SeKron) under a FLOPs and params budget.
+"""kronsearch: smaller networks by a search over Kronecker factorizations (SeKron) within FLOPs, params or latency.
 
     import kronsearch as ks
 

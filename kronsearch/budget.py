@@ -1,37 +1,47 @@
-"""Budgets: upper bounds on the MACs and the parameters of a network, absolute or relative to the dense one."""
+"""Budgets: upper bounds on MACs, parameters and latency of a network, absolute or relative to the dense one."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import product
 
 from kronsearch.errors import BudgetError
 
-__all__ = ["Amount", "Budget", "Limits", "budgets", "format_count", "parse_amount"]
+__all__ = ["Amount", "Budget", "Limits", "budgets", "format_cost", "format_count", "parse_amount"]
 
-_FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_COSTS = {"flops": "macs", "params": "params", "latency": "latency"}  # what limits call the costs of a budget
+_TIMES = {"us": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 _MOST = 1000  # budgets of a sweep
-_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kKMGT%]?)", re.ASCII)
+_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z%]{0,2})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Budgets in plain numbers; None where there is no bound."""
+    """Budgets in plain numbers, latency in nanoseconds; None where there is no bound."""
 
-    macs: int | None
-    params: int | None
+    macs: int | None = None
+    params: int | None = None
+    latency: int | None = None
 
-    def hold(self, *, macs: int, params: int) -> bool:
+    @property
+    def given(self) -> dict[str, int]:
+        """The bounds that there are, by the name of the cost."""
+        return {field.name: limit for field in fields(self) if (limit := getattr(self, field.name)) is not None}
+
+    def hold(self, **costs: int) -> bool:
         """Tell whether a network of these costs is inside of the bounds."""
-        return (self.macs is None or macs <= self.macs) and (self.params is None or params <= self.params)
+        return all(costs[name] <= limit for name, limit in self.given.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper bounds as a user writes them, such as `1G`, `90k`, `50%`, or an int.
+    """Upper bounds as a user writes them: `1G`, `90k` or an int; `5ms` for latency; `50%` of the dense network's.
 
     Args:
         flops: bound on the MACs of one example, as fvcore counts (one multiply-accumulate is one "flop").
         params: bound on the number of parameters.
+        latency: bound on the time that the network takes, as it is measured on the machine at hand.
 
     Raises:
         BudgetError: no bound at all, or an amount that can't be read.
@@ -39,33 +49,47 @@ class Budget:
 
     flops: str | int | None = None
     params: str | int | None = None
+    latency: str | None = None
 
     def __post_init__(self) -> None:
-        if self.flops is None and self.params is None:
-            raise BudgetError("no budget given: pass --budget-flops (such as 1G or 50%), --budget-params, or both")
-        for name, amount in (("flops", self.flops), ("params", self.params)):
-            if amount is not None:
-                parse_amount(amount, name=name)
+        if not self.given:
+            raise BudgetError(
+                "no budget given: pass --budget-flops (such as 1G or 50%), --budget-params or --budget-latency"
+            )
+        for name, amount in self.given.items():
+            parse_amount(amount, name=name)
 
-    def limits(self, *, dense_macs: int, dense_params: int) -> Limits:
+    @property
+    def given(self) -> dict[str, str | int]:
+        """The bounds that there are, by name."""
+        return {field.name: amount for field in fields(self) if (amount := getattr(self, field.name)) is not None}
+
+    def limits(self, *, dense_macs: int, dense_params: int, dense_latency: int | None = None) -> Limits:
         """Return the bounds in plain numbers.
+
+        Args:
+            dense_macs: MACs of the dense network.
+            dense_params: its parameters.
+            dense_latency: its latency in nanoseconds; None leaves that bound out, as one that isn't looked at yet.
 
         Raises:
             BudgetError: the dense network keeps every bound already.
         """
-        macs = None if self.flops is None else parse_amount(self.flops, name="flops").of(dense_macs)
-        params = None if self.params is None else parse_amount(self.params, name="params").of(dense_params)
-        if (macs is None or macs >= dense_macs) and (params is None or params >= dense_params):
+        dense = {"macs": dense_macs, "params": dense_params, "latency": dense_latency}
+        bounds = {}
+        for name, amount in self.given.items():
+            if (own := dense[_COSTS[name]]) is not None:
+                bounds[_COSTS[name]] = parse_amount(amount, name=name).of(own)
+        if len(bounds) == len(self.given) and all(limit >= (dense[cost] or 0) for cost, limit in bounds.items()):
+            costs = ", ".join(format_cost(cost, own) for cost, own in dense.items() if own is not None)
             raise BudgetError(
-                f"the budget ({self}) is kept by the dense model already ({format_count(dense_macs)} MACs, "
-                f"{format_count(dense_params)} params): nothing needs to be done"
+                f"the budget ({self}) is kept by the dense model already ({costs}): nothing needs to be done"
             )
-        return Limits(macs, params)
+        return Limits(**bounds)
 
     def __str__(self) -> str:
         """Write the bounds that there are, such as `flops 50%, params 90k`."""
-        bounds = (("flops", self.flops), ("params", self.params))
-        return ", ".join(f"{name} {amount}" for name, amount in bounds if amount is not None)
+        return ", ".join(f"{name} {amount}" for name, amount in self.given.items())
 
 
 @dataclass(frozen=True)
@@ -81,42 +105,58 @@ class Amount:
 
 
 def parse_amount(amount: str | int, *, name: str) -> Amount:
-    """Read an amount such as `1.5G`, `90k`, `1000` or `50%`.
+    """Read an amount such as `1.5G`, `90k`, `1000` or `50%`; of the latency, such as `5ms` or `50%`, in nanoseconds.
 
     Raises:
         BudgetError: it can't be read, or is not above zero.
     """
+    timed = name == "latency"
+    units, examples = (_TIMES, "5ms, 800us or 50%") if timed else (_COUNTS, "1G, 90k or 50%")
     found = _AMOUNT.fullmatch(str(amount).strip())
-    if found is None:
-        raise BudgetError(f"a budget of {name} {amount!r} can't be read: write a number such as 1G, 90k or 50%")
+    if found is None or found[2] not in (*units, "%"):
+        raise BudgetError(
+            f"a budget of {name} {amount!r} can't be read: write a {'time' if timed else 'number'} such as {examples}"
+        )
     relative = found[2] == "%"
-    read = Amount(Fraction(found[1]) * (Fraction(1, 100) if relative else _FACTORS[found[2]]), relative)
+    read = Amount(Fraction(found[1]) * (Fraction(1, 100) if relative else units[found[2]]), relative)
     if read.value == 0 or (not relative and read.value < 1):
-        raise BudgetError(f"a budget of {name} {amount} leaves nothing: write a number above zero, such as 1G or 50%")
+        raise BudgetError(
+            f"a budget of {name} {amount} leaves nothing: write a {'time' if timed else 'number'} above zero, such as "
+            f"{'5ms' if timed else '1G'} or 50%"
+        )
     return read
 
 
-def budgets(*, flops: str | int | None = None, params: str | int | None = None) -> list[Budget]:
-    """Return the budgets of a sweep: exactly one of the two costs has several amounts.
+def budgets(
+    *, flops: str | int | None = None, params: str | int | None = None, latency: str | None = None
+) -> list[Budget]:
+    """Return the budgets of a sweep: exactly one of the costs has several amounts.
 
     Args:
         flops: `25%:90%:20` (from, to, how many, evenly spaced), `30%,50%` or `1G,2G,3G`; or one amount, kept fixed.
         params: likewise.
+        latency: likewise, such as `4ms:8ms:5`.
 
     Raises:
-        BudgetError: neither or both have several amounts, or one can't be read.
+        BudgetError: none or more than one has several amounts, or one can't be read.
     """
-    of_flops = [None] if flops is None else _amounts(flops, name="flops")
-    of_params = [None] if params is None else _amounts(params, name="params")
-    if len(of_flops) > 1 and len(of_params) > 1:
-        raise BudgetError("both budgets have several values: a sweep goes over one of them, so fix the other")
-    if len(of_flops) == len(of_params) == 1:
-        given = "one budget" if (flops, params) != (None, None) else "no budgets"
+    given = {"flops": flops, "params": params, "latency": latency}
+    amounts = {name: [None] if written is None else _amounts(written, name=name) for name, written in given.items()}
+    several = [name for name, values in amounts.items() if len(values) > 1]
+    if len(several) > 1:
         raise BudgetError(
-            f"{given} given: pass several with --budget-flops or --budget-params, such as 25%:90%:20 (from, to, how "
-            "many) or 30%,50%,70%"
+            f"budgets of {' and '.join(several)} have several values: a sweep goes over one of them, so fix the others"
         )
-    return [Budget(flops=most_macs, params=most_params) for most_macs in of_flops for most_params in of_params]
+    if not several:
+        counted = "no budgets given" if all(written is None for written in given.values()) else "one budget given"
+        raise BudgetError(
+            f"{counted}: pass several with --budget-flops, --budget-params or --budget-latency, such as 25%:90%:20 "
+            "(from, to, how many) or 30%,50%,70%"
+        )
+    return [
+        Budget(flops=most_macs, params=most_params, latency=longest)
+        for most_macs, most_params, longest in product(*amounts.values())
+    ]
 
 
 def _amounts(written: str | int, *, name: str) -> list[str]:
@@ -145,9 +185,20 @@ def _spaced(text: str, name: str) -> list[str]:
     between = [low.value + step * place for place in range(1, int(count) - 1)]
     return [
         first,
-        *(f"{round(float(100 * value), 2):g}%" if low.relative else str(int(value)) for value in between),
+        *(f"{round(float(100 * value), 2):g}%" if low.relative else _absolute(int(value), name) for value in between),
         last,
     ]
+
+
+def _absolute(value: int, name: str) -> str:
+    return f"{value / 10**6:.9f}".rstrip("0").rstrip(".") + "ms" if name == "latency" else str(value)
+
+
+def format_cost(name: str, cost: int, *, exact: bool = False) -> str:
+    """Write a cost by the name it has in `Limits`, such as `1.819 G MACs` or `5.2 ms`; if exact, all of a count."""
+    if name == "latency":
+        return f"{cost / 10**6:.4g} ms"
+    return f"{cost if exact else format_count(cost)} {'MACs' if name == 'macs' else name}"
 
 
 def format_count(count: int) -> str:

@@ -23,7 +23,7 @@ from kronsearch.report import one_line
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Smaller networks by a search over Kronecker factorizations (SeKron) under a FLOPs and params budget.",
+    help="Smaller networks by a search over Kronecker factorizations (SeKron) within FLOPs, params or latency.",
     epilog="Options may also stand in a kronsearch.yaml in the working directory.",
     add_completion=False,
     no_args_is_help=True,
@@ -60,6 +60,15 @@ Cache = Annotated[
 ]
 Device = Annotated[Words, typer.Option("--device", metavar="cpu|cuda", help="Where to compute [default: cpu]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all that is random [default: 0]")]
+LatencyBatch = Annotated[
+    int | None, typer.Option("--latency-batch", help="Examples in a run where latency is measured [default: 1]")
+]
+LatencyThreads = Annotated[
+    int | None, typer.Option("--latency-threads", help="Threads of torch where latency is measured [default: 1]")
+]
+AllowSlower = Annotated[
+    bool, typer.Option("--allow-slower", help="Let layers become slower than they are, and measure no latency for that")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the study's log")]
 
@@ -77,6 +86,12 @@ def run(
     budget_params: Annotated[
         Words, typer.Option("--budget-params", metavar="90k|20%", help="Bound on the number of parameters")
     ] = None,
+    budget_latency: Annotated[
+        Words, typer.Option("--budget-latency", metavar="5ms|70%", help="Bound on the time that the network takes here")
+    ] = None,
+    latency_batch: LatencyBatch = None,
+    latency_threads: LatencyThreads = None,
+    allow_slower: AllowSlower = False,
     space: Space = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
     timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
@@ -109,8 +124,16 @@ def sweep(
         Words, typer.Option("--budget-flops", metavar="25%:90%:20", help="FROM:TO:HOW MANY, or 30%,50%, or one bound")
     ] = None,
     budget_params: Annotated[
-        Words, typer.Option("--budget-params", metavar="25%:90%:20", help="Likewise; one of the two has several values")
+        Words,
+        typer.Option("--budget-params", metavar="25%:90%:20", help="Likewise; one of the budgets has several values"),
     ] = None,
+    budget_latency: Annotated[
+        Words,
+        typer.Option("--budget-latency", metavar="4ms:8ms:5", help="Likewise, of the time that the network takes here"),
+    ] = None,
+    latency_batch: LatencyBatch = None,
+    latency_threads: LatencyThreads = None,
+    allow_slower: AllowSlower = False,
     space: Space = None,
     out: Out = None,
     cache: Cache = None,

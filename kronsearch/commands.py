@@ -7,7 +7,7 @@ import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -38,7 +38,7 @@ __all__ = ["apply", "bench", "evaluate", "finetune", "profile", "run", "show", "
 def run(settings: Settings) -> None:
     """Search for the best plan under a budget, and compare dense and compressed network."""
     spec = _needed(settings.model, "--model")
-    budget = Budget(flops=settings.budget_flops, params=settings.budget_params)
+    budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
     from kronsearch.search.progress import ignore
     from kronsearch.search.run import search
@@ -66,6 +66,9 @@ def run(settings: Settings) -> None:
             device=device,
             seed=settings.seed,
             final_epochs=settings.final_epochs,
+            latency_batch=settings.latency_batch,
+            latency_threads=settings.latency_threads,
+            allow_slower=settings.allow_slower,
             model_spec=spec,
             model_args=settings.model_args,
             watch=ignore if settings.quiet else view,
@@ -82,7 +85,12 @@ def run(settings: Settings) -> None:
 def sweep(settings: Settings) -> None:
     """Allocate many budgets from one set of error tables, and show the front."""
     spec = _needed(settings.model, "--model")
-    budgets(flops=settings.budget_flops, params=settings.budget_params)  # what can't be read needs no torch to be told
+    asked: dict[str, Any] = {
+        "flops": settings.budget_flops,
+        "params": settings.budget_params,
+        "latency": settings.budget_latency,
+    }
+    budgets(**asked)  # what can't be read needs no torch to be told
 
     from kronsearch.search.progress import ignore
     from kronsearch.search.sweep import sweep
@@ -95,14 +103,16 @@ def sweep(settings: Settings) -> None:
         found = sweep(
             model,
             data,
-            flops=settings.budget_flops,
-            params=settings.budget_params,
+            **asked,
             space=settings.space,
             out=settings.out,
             cache=settings.cache,
             input_shape=_input_shape(settings, spec, model, data),
             device=device,
             seed=settings.seed,
+            latency_batch=settings.latency_batch,
+            latency_threads=settings.latency_threads,
+            allow_slower=settings.allow_slower,
             model_spec=spec,
             model_args=settings.model_args,
             watch=ignore if settings.quiet else view,

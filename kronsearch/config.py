@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from kronsearch.errors import KronsearchError
 from kronsearch.yamlfile import read_yaml
@@ -63,10 +63,16 @@ def _counts(value: object) -> object:
 
 def _threads(value: object) -> object:
     counts = _counts(value)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if isinstance(counts, tuple) and max(counts) > cores:
-        raise ValueError(f"there are {cores} cores to run on: more threads wait for each other")
+    if isinstance(counts, tuple):
+        _no_more_than_cores(max(counts))
     return counts
+
+
+def _no_more_than_cores(count: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count > cores:
+        raise ValueError(f"there are {cores} cores to run on: more threads wait for each other")
+    return count
 
 
 class Settings(BaseModel):
@@ -85,6 +91,10 @@ class Settings(BaseModel):
     input_shape: Annotated[tuple[int, ...], BeforeValidator(_shape)] | None = None
     budget_flops: str | int | None = None
     budget_params: str | int | None = None
+    budget_latency: str | None = None
+    latency_batch: Annotated[int, Field(ge=1, le=10**5)] = 1
+    latency_threads: Annotated[int, Field(ge=1), AfterValidator(_no_more_than_cores)] = 1
+    allow_slower: bool = False
     space: str = "default"
     trials: Annotated[int, Field(ge=1)] = 20
     timeout: Annotated[float, BeforeValidator(_seconds)] | None = None

@@ -6,7 +6,16 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from kronsearch.errors import PlanError
 from kronsearch.files import write_text
@@ -16,6 +25,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Cost",
     "Decomposition",
+    "Latency",
     "LayerPlan",
     "ModelIdentity",
     "Plan",
@@ -54,6 +64,11 @@ class PlanBudget(_Part):
     params: str | None = None
     max_macs: Count | None = None
     max_params: Count | None = None
+    latency: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _plainly(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_latency(write(self))
 
 
 class Cost(_Part):
@@ -61,6 +76,25 @@ class Cost(_Part):
 
     macs: Count
     params: Count
+
+
+class Latency(_Part):
+    """What the dense and the compressed network take on one machine: information, that nothing is checked against.
+
+    Times are medians of runs that took turns; the ratio is the median, over pairs of runs, of the compressed network's
+    time divided by the dense one's, between its quartiles.
+    """
+
+    dense_ms: Annotated[float, Field(gt=0)]
+    compressed_ms: Annotated[float, Field(gt=0)]
+    ratio: Annotated[float, Field(gt=0)]
+    ratio_low: Annotated[float, Field(gt=0)]
+    ratio_high: Annotated[float, Field(gt=0)]
+    batch: Extent
+    threads: Extent
+    device: str
+    dense_layout: str
+    compressed_layout: str
 
 
 class LayerPlan(_Part):
@@ -138,6 +172,11 @@ class Plan(_Part):
     predicted_error: float
     score: Score | None = None
     provenance: Provenance
+    latency: Latency | None = None
+
+    @model_serializer(mode="wrap")
+    def _plainly(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_latency(write(self))
 
     @model_validator(mode="after")
     def _has_a_sane_input(self) -> "Plan":
@@ -155,6 +194,11 @@ class Plan(_Part):
     def replaced(self) -> dict[str, SeKronSpec]:
         """The spec of each layer that is not left dense."""
         return {name: layer.spec for name, layer in self.layers.items() if layer.spec is not None}
+
+
+def _without_latency(written: dict[str, Any]) -> dict[str, Any]:
+    """Leave the latency out where there is none: plans from before there was any are written as they were."""
+    return {name: value for name, value in written.items() if name != "latency" or value is not None}
 
 
 def fingerprint(layers: dict[str, LayerPlan]) -> str:

@@ -81,7 +81,7 @@ def comparison(
         table.add_row(f"test {metric}", f"{dense.metric:.4f}", f"{compressed.metric:.4f}", f"{change:+.4f}")
     else:
         table.add_row("predicted error", "0", f"{plan.predicted_error:.4g}", "")
-    return Group(table, *map(Text, (*budget_used(plan), *_gap(plan))))
+    return Group(table, *map(Text, (*budget_used(plan), *_measured(plan), *_gap(plan))))
 
 
 def gain(summary: "Summary", metric: str) -> RenderableType:
@@ -132,6 +132,21 @@ def budget_used(plan: Plan) -> list[str]:
     ]
 
 
+def _measured(plan: Plan) -> list[str]:
+    """Return what the plan was measured to take, and against which budget; that it is no faster, if it isn't."""
+    taken = plan.latency
+    asked = [] if plan.budget.latency is None else [f"budget of latency: {one_line(plan.budget.latency)}"]
+    if taken is None:
+        return asked
+    where = f"batch {taken.batch}, {taken.threads} thread{'s' * (taken.threads > 1)}, {one_line(taken.device)}"
+    told = (
+        f"latency: dense {taken.dense_ms:.4g} ms, compressed {taken.compressed_ms:.4g} ms, {taken.ratio:.1%} of dense "
+        f"(quartiles {taken.ratio_low:.1%}–{taken.ratio_high:.1%}; {where})"
+    )
+    slower = "no faster than the dense network on this machine: see --budget-latency, or a larger --latency-batch"
+    return [*asked, told, *([slower] if taken.ratio >= 1 and not asked else [])]
+
+
 def plan_report(plan: Plan) -> RenderableType:
     """Return a plan's layers, costs, budget, score and provenance."""
     layers = _table("layer", "kernel", "becomes", numbers=("squared error",))
@@ -142,6 +157,7 @@ def plan_report(plan: Plan) -> RenderableType:
         layers.add_row(one_line(name), _sizes(layer.kernel_shape), one_line(becomes), error)
     lines = [
         *budget_used(plan),
+        *_measured(plan),
         *_gap(plan),
         f"predicted error: {plan.predicted_error:.4g}",
         *_score(plan),
@@ -155,14 +171,18 @@ def plan_report(plan: Plan) -> RenderableType:
 def front(found: "Front") -> RenderableType:
     """Return the points of a sweep."""
     points, dense = found.points, found.points[0].plan.dense
-    table = _table("budget", numbers=("MACs", "params", "predicted error", "weighed error", "proven gap"), last="plan")
+    timed = any(point.plan.latency is not None for point in points)
+    numbers = ("MACs", "params", *(("latency",) if timed else ()), "predicted error", "weighed error", "proven gap")
+    table = _table("budget", numbers=numbers, last="plan")
     for point in points:
         plan, gap = point.plan, point.plan.provenance.gap or 0.0
-        bounds = (("flops", plan.budget.flops), ("params", plan.budget.params))
+        budget = plan.budget
+        bounds = (("flops", budget.flops), ("params", budget.params), ("latency", budget.latency))
         table.add_row(
             one_line(", ".join(f"{name} {written}" for name, written in bounds if written is not None)),
             format_count(plan.compressed.macs),
             format_count(plan.compressed.params),
+            *([_took(plan)] if timed else []),
             f"{plan.predicted_error:.4g}",
             f"{point.weighed_error:.4g}",
             f"{gap:.2%}",
@@ -170,6 +190,10 @@ def front(found: "Front") -> RenderableType:
         )
     told = f"The dense network has {format_count(dense.macs)} MACs and {format_count(dense.params)} params."
     return Group(table, Text(f"{told} The weighed error is what was made smallest, to the proven gap."))
+
+
+def _took(plan: Plan) -> str:
+    return "" if plan.latency is None else f"{plan.latency.compressed_ms:.4g} ms, {plan.latency.ratio:.1%}"
 
 
 def profile_report(cost: "ModelCost", *, smallest: tuple[int, int]) -> RenderableType:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronsearch.budget import Amount, Budget, Limits, budgets, format_count, parse_amount
+from kronsearch.budget import Amount, Budget, Limits, budgets, format_cost, format_count, parse_amount
 from kronsearch.errors import BudgetError
 
 UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -99,6 +99,47 @@ def test_limits():
     assert Budget(params="1%").limits(dense_macs=1001, dense_params=10**5) == Limits(macs=None, params=1000)
 
 
+@pytest.mark.parametrize(
+    ("written", "nanoseconds"), [("5ms", 5 * 10**6), ("0.8 ms", 8 * 10**5), ("800us", 8 * 10**5), ("1.5s", 15 * 10**8)]
+)
+def test_times_are_read_in_nanoseconds(written, nanoseconds):
+    assert parse_amount(written, name="latency") == Amount(Fraction(nanoseconds), relative=False)
+    assert parse_amount("70%", name="latency").of(nanoseconds) == 7 * nanoseconds // 10
+
+
+@pytest.mark.parametrize("written", ["5", 5, "5G", "5 m", "5m", "ms", "-5ms", "5ms ms", "5 sec", "1h"])
+def test_a_time_has_a_unit(written):
+    with pytest.raises(BudgetError, match=r"budget of latency .* can't be read: write a time such as 5ms"):
+        Budget(latency=written)
+    with pytest.raises(BudgetError, match="latency 0ms leaves nothing: write a time above zero, such as 5ms"):
+        Budget(latency="0ms")
+
+
+def test_a_latency_that_is_not_measured_yet_is_left_open():
+    budget = Budget(flops="200%", latency="50%")
+    assert budget.limits(dense_macs=10, dense_params=10) == Limits(macs=20)
+    assert budget.limits(dense_macs=10, dense_params=10, dense_latency=999) == Limits(macs=20, latency=499)
+    assert str(budget) == "flops 200%, latency 50%"
+    with pytest.raises(BudgetError, match=r"kept by the dense model already \(1 k MACs, 10 params, 4.5 ms\)"):
+        Budget(latency="4.5ms").limits(dense_macs=1000, dense_params=10, dense_latency=45 * 10**5)
+
+
+def test_costs_are_written_with_their_units():
+    assert [format_cost(name, 1_819_000) for name in ("macs", "params", "latency")] == [
+        "1.819 M MACs",
+        "1.819 M params",
+        "1.819 ms",
+    ]
+
+
+def test_a_sweep_over_times():
+    assert [budget.latency for budget in budgets(latency="4ms:8ms:4")] == ["4ms", "5.333333ms", "6.666666ms", "8ms"]
+    assert [str(budget) for budget in budgets(flops="1G", latency="50%,500us")] == [
+        "flops 1G, latency 50%",
+        "flops 1G, latency 500us",
+    ]
+
+
 def test_one_bound_that_the_dense_model_keeps_is_no_error():
     assert Budget(flops="1G", params="50%").limits(dense_macs=10, dense_params=10) == Limits(macs=10**9, params=5)
 
@@ -182,7 +223,7 @@ def test_evenly_spaced_counts(low, width, count):
         (None, None, "no budgets given: pass several"),
         ("50%", None, "one budget given: pass several"),
         ("50%", "1M", "one budget given: pass several"),
-        ("30%,50%", "1k:2k:3", "both budgets have several values"),
+        ("30%,50%", "1k:2k:3", "flops and params have several values"),
         ("30%,,50%", None, "a budget of flops '' can't be read"),
         ("30%,lots", None, "a budget of flops 'lots' can't be read"),
         ("30%,30.0%", None, "not all different"),
@@ -208,3 +249,6 @@ def test_limits_hold_what_is_inside():
     assert Limits(10, None).hold(macs=10, params=10**9)
     assert not Limits(10, None).hold(macs=11, params=0)
     assert not Limits(None, 5).hold(macs=0, params=6)
+    assert Limits(latency=7).hold(macs=1, latency=7)
+    assert not Limits(latency=7).hold(macs=1, latency=8)
+    assert Limits(None, 5, 7).given == {"params": 5, "latency": 7}

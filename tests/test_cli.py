@@ -81,6 +81,7 @@ def test_options_reach_the_search(calls):
     result = invoke(
         *("run", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--input-shape", "1,8,8", "--budget-flops", "1G", "--budget-params", "20%", "--space", "spatial"),
+        *("--budget-latency", "70%", "--latency-batch", "8", "--latency-threads", "1", "--allow-slower"),
         *("--trials", "3", "--timeout", "2m", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
         *("--cache", "kept", "--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
     )
@@ -91,7 +92,10 @@ def test_options_reach_the_search(calls):
     assert args == (calls.model, calls.data)
     assert watch.__name__ == "ignore"
     assert options == {
-        "budget": Budget(flops="1G", params="20%"),
+        "budget": Budget(flops="1G", params="20%", latency="70%"),
+        "latency_batch": 8,
+        "latency_threads": 1,
+        "allow_slower": True,
         "trials": 3,
         "timeout": 2 * 60.0,
         "space": "spatial",
@@ -125,7 +129,7 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
     result = invoke(
         *("sweep", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--budget-flops", "25%:90%:20", "--space", "spatial", "--out", "there", "--cache", "kept", "--seed", "5"),
-        *("--input-shape", "1,8,8", "--device", "cpu", "--quiet"),
+        *("--input-shape", "1,8,8", "--device", "cpu", "--quiet", "--budget-latency", "5ms", "--latency-batch", "2"),
     )
     assert calls.load_model == ("m:f", "w.pt", {"a": 1})
     [(args, options)] = swept
@@ -134,6 +138,10 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
     assert options == {
         "flops": "25%:90%:20",
         "params": "40%",
+        "latency": "5ms",
+        "latency_batch": 2,
+        "latency_threads": 1,
+        "allow_slower": False,
         "space": "spatial",
         "out": "there",
         "cache": "kept",
@@ -216,6 +224,8 @@ def test_help_tells_the_real_defaults():
     for name in ("trials", "out", "device", "seed", "space"):
         assert re.search(rf"--{name} [^\]]*\[default: {getattr(Settings(), name)}\]", shown), name
     assert f"[default: {Settings().final_epochs:g}]" in shown
+    for name, default in (("batch", Settings().latency_batch), ("threads", Settings().latency_threads)):
+        assert re.search(rf"--latency-{name} [^\]]*\[default: {default}\]", shown), name
     shown = " ".join(invoke("bench", "--help").stdout.split())
     assert re.search(rf"--batch [^\]]*\[default: {Settings().batch[0]}\]", shown)
     assert re.search(rf"--seconds [^\]]*\[default: {Settings().seconds:g}\]", shown)
@@ -255,6 +265,9 @@ def test_a_malformed_file_is_one_line(command):
         (("run", "--model", "zoo:digits"), "error: no budget given"),
         (("run", "--model", "zoo:digits", "--budget-flops", "lots"), "error: a budget of flops 'lots'"),
         (("run", "--model", "zoo:digits", "--budget-flops", "1G", "--timeout", "1d"), "error: --timeout 1d: write a"),
+        (("run", "--model", "zoo:digits", "--budget-latency", "5"), "error: a budget of latency '5' can't be read"),
+        (("run", "--model", "zoo:digits", "--latency-batch", "0"), "error: --latency-batch 0: "),
+        (("sweep", "--model", "zoo:digits", "--budget-latency", "5ms"), "error: one budget given: pass several"),
         (("sweep", "--budget-flops", "30%,50%"), "error: no --model given"),
         (("sweep", "--model", "zoo:digits"), "error: no budgets given: pass several"),
         (("sweep", "--model", "zoo:digits", "--budget-flops", "50%"), "error: one budget given: pass several"),

@@ -39,6 +39,21 @@ def test_what_was_given_is_known(config):
     assert resolve({"trials": 7}, config_file=config).model_fields_set == {"trials", "seed"}
 
 
+def test_options_of_latency(config):
+    config.write_text("budget-latency: 60%\nlatency-batch: 8\nlatency-threads: 1\nallow-slower: true\n")
+    settings = read_settings(config)
+    assert (settings.budget_latency, settings.latency_batch, settings.latency_threads) == ("60%", 8, 1)
+    assert settings.allow_slower
+    assert not Settings().allow_slower
+    for name, value, reason in (
+        ("latency_batch", 0, "greater than or equal to 1"),
+        ("latency_threads", 10**6, "cores to run on: more threads wait for each other"),
+        ("budget_latency", 5, "valid string"),
+    ):
+        with pytest.raises(OptionError, match=rf"^--{name.replace('_', '-')} {value}: .*{reason}"):
+            resolve({name: value}, config_file=config)
+
+
 @pytest.mark.parametrize(("written", "seconds"), [("90s", 90), ("30m", 30 * 60), ("1.5h", 1.5 * 3600)])
 def test_durations(config, written, seconds):
     assert resolve({"timeout": written}, config_file=config).timeout == seconds

@@ -40,7 +40,7 @@ OWNERS = {  # third parties that only these may import
     "yaml": ("kronsearch.yamlfile",),
     "typer": ("kronsearch.cli", "kronsearch.commands"),
 }
-PUTS_BACK = {"kronsearch.models.bench": {"torch.set_num_threads"}}  # what is global is set there, and undone
+PUTS_BACK = {"kronsearch.models.timing": {"torch.set_num_threads"}}  # what is global is set there, and undone
 HEAVY = ("torch", "optuna", "pandas", "scipy", "sklearn", "fvcore", "numpy")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kronsearch.errors import PlanError
-from kronsearch.plan import SCHEMA_VERSION, LayerPlan, Plan, fingerprint, load_plan, parse_plan, save_plan
+from kronsearch.plan import SCHEMA_VERSION, Latency, LayerPlan, Plan, fingerprint, load_plan, parse_plan, save_plan
 from kronsearch.sekron.spec import SeKronSpec
 
 GOLDEN = Path(__file__).parent / "data" / "plan_v1.json"
@@ -45,6 +45,30 @@ def test_a_chain_is_told_and_a_tree_goes_without_saying(plan):
         assert parse_plan(text, origin="X").replaced == {"conv": layer.spec}
     with pytest.raises(PlanError, match="X"):
         parse_plan(text.replace('"chain"', '"ring"'), origin="X")
+
+
+def test_what_was_measured_survives_and_what_was_not_is_not_told(plan, tmp_path):
+    taken = Latency(
+        dense_ms=8.25,
+        compressed_ms=4.125,
+        ratio=0.5,
+        ratio_low=0.4375,
+        ratio_high=0.625,
+        batch=1,
+        threads=2,
+        device="cpu X",
+        dense_layout="contiguous",
+        compressed_layout="contiguous",
+    )
+    budget = plan.budget.model_copy(update={"latency": "60%"})
+    timed = plan.model_copy(update={"latency": taken, "budget": budget})
+    save_plan(timed, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == timed
+    assert "latency" not in plan.model_dump_json()
+    text = timed.model_dump_json()
+    for said, instead in (('"ratio":0.5', '"ratio":0'), ('"threads":2', '"threads":0'), ("8.25", '"8.25"')):
+        with pytest.raises(PlanError, match=r"X is not a valid plan: latency\."):
+            parse_plan(text.replace(said, instead), origin="X")
 
 
 def with_conv(plan, spec):

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from kronsearch.models.bench import Timing
 from kronsearch.models.profile import LayerCost, ModelCost
-from kronsearch.plan import LayerPlan, PlanBudget, Provenance, fingerprint
+from kronsearch.plan import Latency, LayerPlan, PlanBudget, Provenance, fingerprint
 from kronsearch.report import (
     FLOPS,
     comparison,
@@ -78,6 +78,36 @@ def test_a_plan_is_shown_whole(plan):
         "provenance: trial 7 of study digits, seed 3, kronsearch 0.1.0",
     ):
         assert fact in text
+
+
+def test_what_a_plan_was_measured_to_take_is_told(plan):
+    taken = Latency(
+        dense_ms=8.25,
+        compressed_ms=10.0,
+        ratio=1.25,
+        ratio_low=1.125,
+        ratio_high=1.5,
+        batch=1,
+        threads=2,
+        device="cpu X",
+        dense_layout="contiguous",
+        compressed_layout="contiguous",
+    )
+    slower = printed(comparison(plan.model_copy(update={"latency": taken})))
+    told = (
+        "latency: dense 8.25 ms, compressed 10 ms, 125.0% of dense (quartiles 112.5%–150.0%; batch 1, 2 threads, cpu X)"
+    )
+    assert told in slower
+    assert "no faster than the dense network on this machine: see --budget-latency" in slower
+    faster = plan.model_copy(update={"latency": taken.model_copy(update={"ratio": 0.75, "threads": 1})})
+    assert "75.0% of dense" in printed(plan_report(faster))
+    assert "1 thread," in printed(plan_report(faster))
+    assert "no faster" not in printed(plan_report(faster))
+    bounded = faster.model_copy(update={"budget": PlanBudget(latency="80%")})
+    assert "budget of latency: 80%\n" in printed(plan_report(bounded))
+    text = printed(front(Front((Point(bounded, 0.25, "plans/a.json"), Point(plan, 0.25, "plans/b.json")), None)))
+    assert row(text, "latency 80%")[3] == "10 ms, 75.0%"
+    assert row(text, "flops 50%")[3] == ""
 
 
 def test_what_a_plan_may_lack_is_not_told(plan):

@@ -3,13 +3,12 @@
 Memory isn't told: a process sees its own peak only, in which both networks and what the allocator keeps are mixed.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,18 +18,10 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError
 from kronsearch.files import replacing
-from kronsearch.models.apply import stream
+from kronsearch.models.timing import Clock, Layout, Network, Run, as_model_error, paired, random_inputs, threads_set
 from kronsearch.sekron.layers import SeKronLayer
 
-__all__ = ["Layout", "Timing", "bench", "save_timings"]
-
-Layout = Literal["contiguous", "channels_last"]
-Run = Callable[[], object]
-
-_WARMUP = 2  # runs of each before the first that counts
-_FEWEST = 5  # pairs, however long they take
-_MOST = 10_000  # pairs, however short they are
-_INPUTS = 21  # stream of random numbers
+__all__ = ["Timing", "bench", "save_timings"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,9 @@ def bench(
     batches: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
     seconds: float = 5.0,
+    layers: bool = True,
     device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
 ) -> list[Timing]:
     """Time a dense network and a compressed one that was made of it, as they are run in eval mode without gradients.
 
@@ -89,22 +82,24 @@ def bench(
             process: it is made here, and undone in the end.
         seconds: how long the whole networks are timed at each setting; all the layers together take as long again, and
             trying the layouts half of it. There are five pairs of runs at the least.
+        layers: whether the layers are timed, too.
         device: to run on.
+        clock: seconds of a clock that only goes forward.
 
     Raises:
         ModelError: a network can't run on such inputs, or nothing of it is replaced.
     """
     if not any(isinstance(module, SeKronLayer) for module in compressed.modules()):
         raise ModelError("no layer of the compressed network is factorised: pass what a plan was applied to")
-    ours, theirs = _Network(dense, device), _Network(compressed, device)
+    ours, theirs = Network(dense, device), Network(compressed, device)
     now = torch.get_num_threads()
     found = []
     for count in (now,) if threads is None else threads:
-        with _threads(count), torch.inference_mode():
+        with threads_set(count), torch.inference_mode():
             for batch in batches:
-                with _as_model_error((batch, *input_shape)):
-                    inputs = torch.randn(batch, *input_shape, generator=stream(0, _INPUTS)).to(device)
-                    timings = _timings(ours, theirs, inputs, seconds)
+                with as_model_error((batch, *input_shape)):
+                    inputs = random_inputs(batch, *input_shape, device=device)
+                    timings = islice(_timings(ours, theirs, inputs, seconds, clock), None if layers else 1)
                     found += [Timing(batch=batch, threads=count, **timed) for timed in timings]
     return found
 
@@ -115,43 +110,21 @@ def save_timings(timings: Sequence[Timing], path: Path) -> None:
         pd.DataFrame([asdict(timing) for timing in timings]).to_csv(temporary, index=False)
 
 
-class _Network:
-    """A copy of a network in each memory layout."""
-
-    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
-        self.copies: dict[Layout, nn.Module] = {"contiguous": copy.deepcopy(network).to(device).eval()}
-        if not any(isinstance(module, nn.Conv3d) for module in network.modules()):  # torch refuses its weight
-            last = copy.deepcopy(network).to(device).eval()
-            self.copies["channels_last"] = last.to(memory_format=torch.channels_last)
-
-    def run(self, layout: Layout, inputs: Tensor) -> Run:
-        """Return what runs the copy of a layout on inputs in that layout."""
-        network = self.copies[layout]
-        if layout == "channels_last":
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), inputs.dtype)
-        inputs = inputs.to(dtype)
-        return lambda: network(inputs)
-
-    def faster_layout(self, inputs: Tensor, seconds: float) -> Layout:
-        """Return the layout in which the network is faster on such inputs: images only have more than one."""
-        if inputs.dim() != 4 or len(self.copies) == 1:
-            return "contiguous"
-        times = _paired(self.run("contiguous", inputs), self.run("channels_last", inputs), seconds, inputs.device)
-        return "channels_last" if np.median(times[:, 0] / times[:, 1]) > 1 else "contiguous"
-
-
-def _timings(dense: _Network, compressed: _Network, inputs: Tensor, seconds: float) -> Iterator[dict[str, Any]]:
+def _timings(
+    dense: Network, compressed: Network, inputs: Tensor, seconds: float, clock: Clock
+) -> Iterator[dict[str, Any]]:
     """Yield the timings of the whole network and of each replaced layer: all but batch and threads."""
-    our_layout, their_layout = (network.faster_layout(inputs, seconds / 4) for network in (dense, compressed))
+    our_layout, their_layout = (
+        network.faster_layout(inputs, seconds / 4, clock=clock) for network in (dense, compressed)
+    )
     told = {"dense_layout": our_layout, "compressed_layout": their_layout}
     ours, theirs = dense.run(our_layout, inputs), compressed.run(their_layout, inputs)
-    yield {"layer": "", **_summary(_paired(ours, theirs, seconds, inputs.device)), **told}
+    yield {"layer": "", **_summary(paired(ours, theirs, seconds, inputs.device, clock=clock)), **told}
     large, small = dense.copies[our_layout], compressed.copies[their_layout]
     names = [name for name, module in small.named_modules() if isinstance(module, SeKronLayer)]
     our_calls, their_calls = _calls(large, names, ours), _calls(small, names, theirs)
     for name in our_calls:
-        times = _paired(our_calls[name], their_calls[name], seconds / len(our_calls), inputs.device)
+        times = paired(our_calls[name], their_calls[name], seconds / len(our_calls), inputs.device, clock=clock)
         yield {"layer": name, **_summary(times), **told}
 
 
@@ -176,26 +149,6 @@ def _calls(network: nn.Module, names: Sequence[str], run: Run) -> dict[str, Run]
     return {name: again(name) for name in seen}
 
 
-def _paired(first: Run, second: Run, seconds: float, device: torch.device) -> NDArray[np.float64]:
-    """Return the seconds of runs that take turns, (pairs, 2), for so long, after a warm-up."""
-    for _ in range(_WARMUP):
-        _seconds(first, device)
-        _seconds(second, device)
-    began = time.perf_counter()
-    times: list[tuple[float, float]] = []
-    while len(times) < _FEWEST or (time.perf_counter() - began < seconds and len(times) < _MOST):
-        times.append((_seconds(first, device), _seconds(second, device)))
-    return np.array(times)
-
-
-def _seconds(run: Run, device: torch.device) -> float:
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":  # which has only been given its work
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def _summary(times: NDArray[np.float64]) -> dict[str, float]:
     dense, compressed = 1e3 * np.median(times, axis=0)
     low, middle, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75))
@@ -207,25 +160,3 @@ def _summary(times: NDArray[np.float64]) -> dict[str, float]:
         "speedup_high": float(high),
         "pairs": len(times),
     }
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _as_model_error(shape: tuple[int, ...]) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"the network can't run on inputs of shape {shape} ({reason}): pass a smaller --batch, and to "
-            "`kronsearch.bench` the input_shape that the network was made for"
-        ) from error

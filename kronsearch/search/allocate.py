@@ -6,7 +6,7 @@ Problems, 2004, chapter 11). Only candidates of little excess are left to the in
 what it finds proves for how much excess the others need not be looked at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array, hstack
 
-from kronsearch.budget import Limits, format_count
+from kronsearch.budget import Limits, format_cost
 from kronsearch.errors import BudgetError
 from kronsearch.search.candidates import pareto
 
@@ -31,10 +31,9 @@ _SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budget
 
 @dataclass(frozen=True)
 class Choices:
-    """What can be chosen for one layer: costs and a predicted error for each candidate, (count,) each."""
+    """What can be chosen for one layer: costs, by the names of `Limits`, and a predicted error, (count,) each."""
 
-    macs: NDArray[np.int64]
-    params: NDArray[np.int64]
+    costs: Mapping[str, NDArray[np.int64]]
     error: NDArray[np.float64]
 
 
@@ -44,61 +43,57 @@ class Allocation:
 
     Args:
         chosen: index of the candidate for each layer.
-        macs: of the chosen candidates together, fixed costs included.
-        params: likewise.
+        costs: of the chosen candidates together, fixed costs included, by name.
         error: predicted, the sum over the layers.
         gap: proven: no choice under the budgets has an error below `error · (1 - gap)`.
     """
 
     chosen: tuple[int, ...]
-    macs: int
-    params: int
+    costs: Mapping[str, int]
     error: float
     gap: float
 
 
-def allocate(layers: Sequence[Choices], limits: Limits, *, fixed_macs: int = 0, fixed_params: int = 0) -> Allocation:
+def allocate(layers: Sequence[Choices], limits: Limits, *, fixed: Mapping[str, int] | None = None) -> Allocation:
     """Choose one candidate for each layer so that the sum of errors is lowest under all budgets.
 
     A multiple-choice knapsack, solved by HiGHS to a proven gap of 1e-4 (or what 20 seconds give).
 
     Args:
-        layers: the candidates.
+        layers: the candidates; all of them have the same costs, those that are bounded among them.
         limits: bounds on the whole network.
-        fixed_macs: of all that is not chosen here.
-        fixed_params: likewise.
+        fixed: costs of all that is not chosen here, by name; nothing where a name is missing.
 
     Raises:
         BudgetError: no choice keeps the budgets; it names the smallest costs that can be reached.
     """
-    bounds = [
-        (limit - fixed, name)
-        for limit, fixed, name in ((limits.macs, fixed_macs, "macs"), (limits.params, fixed_params, "params"))
-        if limit is not None
-    ]
+    fixed = fixed or {}
+    bounds = {name: limit - fixed.get(name, 0) for name, limit in limits.given.items()}
     counts = [len(layer.error) for layer in layers]
     owner = np.repeat(np.arange(len(layers)), counts)
     errors = np.concatenate([layer.error for layer in layers])
     scale = float(errors.max()) or 1.0
-    costs = np.array([np.concatenate([getattr(layer, name) for layer in layers]) for _, name in bounds])
+    costs = np.array([np.concatenate([layer.costs[name] for layer in layers]) for name in bounds])
     costs = costs.reshape(len(bounds), len(errors))
-    if any(limit < sum(int(getattr(layer, name).min()) for layer in layers) for limit, name in bounds):
-        raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
-    problem = _Program(errors / scale, owner, costs, np.array([limit for limit, _ in bounds]))
+    if any(limit < _least(layers, name) for name, limit in bounds.items()):
+        raise BudgetError(_unreachable(layers, limits, fixed))
+    problem = _Program(errors / scale, owner, costs, np.array([*bounds.values()]))
     found = problem.solve()
     if found is None:
-        raise BudgetError(_unreachable(layers, limits, fixed_macs, fixed_params))
+        raise BudgetError(_unreachable(layers, limits, fixed))
     taken, bound = found
     starts = np.cumsum([0, *counts[:-1]])
     chosen = tuple(int(np.argmax(taken[start : start + count])) for start, count in zip(starts, counts, strict=True))
     picked = list(zip(layers, chosen, strict=True))
-    macs = fixed_macs + sum(int(layer.macs[index]) for layer, index in picked)
-    params = fixed_params + sum(int(layer.params[index]) for layer, index in picked)
-    if not limits.hold(macs=macs, params=params):
-        raise AssertionError(f"the solver overstepped a budget: {macs} MACs, {params} params, {limits}")
+    total = {
+        name: fixed.get(name, 0) + sum(int(layer.costs[name][index]) for layer, index in picked)
+        for name in layers[0].costs
+    }
+    if not limits.hold(**total):
+        raise AssertionError(f"the solver overstepped a budget: {total}, {limits}")
     error = sum(float(layer.error[index]) for layer, index in picked)
     gap = max(0.0, (error - max(0.0, bound) * scale) / error) if error > 0 else 0.0
-    return Allocation(chosen, macs, params, error, gap)
+    return Allocation(chosen, total, error, gap)
 
 
 @dataclass(frozen=True)
@@ -204,16 +199,17 @@ class _Program:
         return csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
 
 
-def _unreachable(layers: Sequence[Choices], limits: Limits, fixed_macs: int, fixed_params: int) -> str:
-    asked, smallest = [], []
-    for limit, name, fixed, unit in (
-        (limits.macs, "macs", fixed_macs, "MACs"),
-        (limits.params, "params", fixed_params, "params"),
-    ):
-        if limit is not None:
-            least = fixed + sum(int(getattr(layer, name).min()) for layer in layers)
-            asked.append(f"{format_count(limit)} {unit}")
-            smallest.append(f"{least} {unit}")
+def _least(layers: Sequence[Choices], name: str) -> int:
+    """Return the least that a cost can be brought down to by itself."""
+    return sum(int(layer.costs[name].min()) for layer in layers)
+
+
+def _unreachable(layers: Sequence[Choices], limits: Limits, fixed: Mapping[str, int]) -> str:
+    asked = [format_cost(name, limit) for name, limit in limits.given.items()]
+    smallest = []
+    for name in limits.given:
+        least = fixed.get(name, 0) + _least(layers, name)
+        smallest.append(format_cost(name, least, exact=True))
     return (
         f"a budget of {' and '.join(asked)} can't be reached: the smallest that can, each by itself, "
         f"is {' and '.join(smallest)}"

@@ -53,6 +53,7 @@ class Candidates:
         macs: (count,) multiply-accumulates of the layer for one example.
         params: (count,) entries of the factors.
         error: (count,) relative squared error.
+        latency: (count,) nanoseconds of the layer in its network, None where that was not measured.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Candidates:
     macs: NDArray[np.int64]
     params: NDArray[np.int64]
     error: NDArray[np.float64]
+    latency: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Count the candidates, the dense layer among them."""
@@ -89,10 +91,20 @@ class Candidates:
             fronts.append(members[pareto([self.macs[members], self.params[members]], self.error[members])])
         return self.take(np.sort(np.concatenate(fronts)))
 
+    @property
+    def costs(self) -> dict[str, NDArray[np.int64]]:
+        """What each candidate costs, by the names of `Limits`; the latency where it was measured."""
+        costs = {"macs": self.macs, "params": self.params}
+        return costs if self.latency is None else {**costs, "latency": self.latency}
+
+    def with_latency(self, latency: NDArray[np.int64]) -> "Candidates":
+        """Return the candidates with these latencies."""
+        return replace(self, latency=latency)
+
     def take(self, chosen: NDArray[Any]) -> "Candidates":
         """Return the chosen candidates, given by index or mask."""
-        columns = (column[chosen] for column in (self.sequence, self.rank, self.macs, self.params, self.error))
-        return Candidates(self.name, self.kernel_shape, self.sequences, *columns)
+        columns = ("sequence", "rank", "macs", "params", "error", *(() if self.latency is None else ("latency",)))
+        return replace(self, **{column: getattr(self, column)[chosen] for column in columns})
 
 
 def sequences(

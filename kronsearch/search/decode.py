@@ -1,7 +1,7 @@
 """What a trial chooses, and how the allocation makes a plan of it that keeps the budget by construction."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp
 
 import numpy as np
@@ -47,15 +47,17 @@ class Problem:
 
     Args:
         cost: the dense network's.
-        limits: the budgets in plain numbers.
+        limits: the budgets in plain numbers; that of latency in the terms of the candidates' latencies.
         candidates: of each replaceable layer.
         sensitivity: of each replaceable layer: what a relative squared error of 1 would cost.
+        latency: of the dense network in the terms of the candidates' latencies, None where those have none.
     """
 
     cost: ModelCost
     limits: Limits
     candidates: Sequence[Candidates]
     sensitivity: Mapping[str, float]
+    latency: int | None = None
 
     @property
     def groups(self) -> list[str]:
@@ -71,9 +73,10 @@ class Problem:
     @property
     def bounds(self) -> Limits:
         """What the allocation keeps: the budgets, and the dense network's cost where there is none."""
-        return Limits(  # a network that is smaller in one cost is not to grow in the other
-            self.cost.macs if self.limits.macs is None else self.limits.macs,
-            self.cost.params if self.limits.params is None else self.limits.params,
+        return replace(  # a network that is smaller in one cost is not to grow in the other
+            self.limits,
+            macs=self.cost.macs if self.limits.macs is None else self.limits.macs,
+            params=self.cost.params if self.limits.params is None else self.limits.params,
         )
 
     def allocate(self, weighing: Weighing) -> Allocation:
@@ -82,12 +85,13 @@ class Problem:
         Raises:
             BudgetError: the budget can't be reached.
         """
-        return allocate(
-            [self._choices(layer, weighing) for layer in self.candidates],
-            self.bounds,
-            fixed_macs=self.cost.macs - sum(int(layer.macs[0]) for layer in self.candidates),
-            fixed_params=self.cost.params - sum(int(layer.params[0]) for layer in self.candidates),
-        )
+        dense = {"macs": self.cost.macs, "params": self.cost.params}
+        if self.latency is not None:
+            dense["latency"] = self.latency
+        fixed = {
+            name: cost - sum(int(layer.costs[name][0]) for layer in self.candidates) for name, cost in dense.items()
+        }
+        return allocate([self._choices(layer, weighing) for layer in self.candidates], self.bounds, fixed=fixed)
 
     def predicted_error(self, chosen: Sequence[int]) -> float:
         """Return the mean relative squared error of the chosen candidates, weighed by sensitivity."""
@@ -100,4 +104,4 @@ class Problem:
         weight = exp(importance) * self.sensitivity[layer.name] ** weighing.trust
         prices = {kind: exp(weighing.price.get(kind, 0.0)) for kind in Structure}
         price = np.array([prices[kind] for kind in layer.structures()])
-        return Choices(layer.macs, layer.params, weight * price * layer.error**weighing.curvature)
+        return Choices(layer.costs, weight * price * layer.error**weighing.curvature)

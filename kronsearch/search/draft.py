@@ -10,6 +10,7 @@ from kronsearch.models.profile import LayerCost
 from kronsearch.plan import (
     Cost,
     Decomposition,
+    Latency,
     LayerPlan,
     ModelIdentity,
     Plan,
@@ -47,8 +48,8 @@ class Draft:
     model_spec: str | None
     model_args: dict[str, Any] = field(default_factory=dict)
 
-    def plan(self, problem: Problem, allocation: Allocation) -> Plan:
-        """Return the plan of an allocation; its score is yet unknown."""
+    def plan(self, problem: Problem, allocation: Allocation, latency: Latency | None = None) -> Plan:
+        """Return the plan of an allocation, with what it was measured to take; its score is yet unknown."""
         chosen = {
             layer.name: (layer, index) for layer, index in zip(problem.candidates, allocation.chosen, strict=True)
         }
@@ -66,9 +67,10 @@ class Draft:
                 params=None if budget.params is None else str(budget.params),
                 max_macs=limits.macs,
                 max_params=limits.params,
+                latency=budget.latency,
             ),
             dense=Cost(macs=cost.macs, params=cost.params),
-            compressed=Cost(macs=allocation.macs, params=allocation.params),
+            compressed=Cost(macs=allocation.costs["macs"], params=allocation.costs["params"]),
             layers=layers,
             decomposition=self.decomposition,
             predicted_error=problem.predicted_error(allocation.chosen),
@@ -77,6 +79,7 @@ class Draft:
                 seed=self.seed,
                 gap=allocation.gap,
             ),
+            latency=latency,
         )
 
     def _layer(

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 from torch import nn
 
 from kronsearch.errors import ModelError, StudyError
-from kronsearch.models.apply import is_compressed, save_compressed
+from kronsearch.models.apply import is_compressed, save_compressed, stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score, parse_plan
@@ -34,8 +34,8 @@ def is_done(path: Path, plan: Plan, epochs: float) -> bool:
     """Tell whether a file holds the network of this plan, fine-tuned for so many epochs."""
     if not (path.is_file() and is_compressed(path)):
         return False
-    metadata = read_metadata(path)
-    return metadata.get("plan") == plan.model_dump_json() and metadata.get("epochs") == str(epochs)
+    kept = stored_plan(path).model_copy(update={"latency": plan.latency})  # timed anew it is the same network
+    return kept == plan and read_metadata(path).get("epochs") == str(epochs)
 
 
 def finish(

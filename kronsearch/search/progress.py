@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Phase", "Progress", "Stopwatch", "Watcher", "ignore"]
+__all__ = ["Phase", "PhaseClock", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "budgets", "trials", "final", "apply", "finetune", "test"]
+Phase = Literal["profile", "calibrate", "tables", "latency", "budgets", "trials", "final", "apply", "finetune", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Progress:
 Watcher = Callable[[Progress], None]
 
 
-class Stopwatch:
+class PhaseClock:
     """Passes each step on, and adds up the seconds of each phase: from its steps to the steps that follow.
 
     Args:

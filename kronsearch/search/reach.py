@@ -1,5 +1,7 @@
 """How small a network can get in a search space. Ints only: no kernel is decomposed."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from kronsearch.budget import Limits, format_count
@@ -33,7 +35,7 @@ def smallest_cost(cost: ModelCost, space: SearchSpace) -> tuple[int, int]:
 
 
 def check_reachable(cost: ModelCost, space: SearchSpace, limits: Limits) -> None:
-    """Raise `BudgetError` with the smallest costs if the bounds, each or together, are below what can be reached."""
+    """Raise `BudgetError` with the smallest costs if MACs or params, or both together, can't be brought so low."""
     macs, params = smallest_cost(cost, space)
     for limit, smallest, unit in ((limits.macs, macs, "MACs"), (limits.params, params, "params")):
         if limit is not None and limit < smallest:
@@ -46,10 +48,10 @@ def check_reachable(cost: ModelCost, space: SearchSpace, limits: Limits) -> None
         for name in replaceable(cost, space):
             dense = (cost.layer(name).kernel_macs, cost.layer(name).kernel_params)
             costs = np.array([dense, *((unit.macs, unit.params) for unit in _units(cost, space, name))])
-            layers.append(Choices(costs[:, 0], costs[:, 1], np.zeros(len(costs))))
-        fixed_macs = cost.macs - sum(int(layer.macs[0]) for layer in layers)
-        fixed_params = cost.params - sum(int(layer.params[0]) for layer in layers)
-        allocate(layers, limits, fixed_macs=fixed_macs, fixed_params=fixed_params)
+            layers.append(Choices({"macs": costs[:, 0], "params": costs[:, 1]}, np.zeros(len(costs))))
+        whole = {"macs": cost.macs, "params": cost.params}
+        fixed = {name: total - sum(int(layer.costs[name][0]) for layer in layers) for name, total in whole.items()}
+        allocate(layers, replace(limits, latency=None), fixed=fixed)
 
 
 def _units(cost: ModelCost, space: SearchSpace, name: str) -> list[UnitCost]:

@@ -21,11 +21,13 @@ from kronsearch.plan import Plan, save_plan
 from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
 from kronsearch.search.finish import final_plan, finish, is_done
+from kronsearch.search.pace import Pace
 from kronsearch.search.prepare import Prepared
-from kronsearch.search.progress import Phase, Stopwatch, Watcher, ignore
+from kronsearch.search.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import SearchSpace
+from kronsearch.search.stopwatch import Setting
 from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study, given_trials, suggest
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
@@ -90,6 +92,9 @@ def search(
     device: torch.device | str = "cpu",
     seed: int = 0,
     final_epochs: float = 2.0,
+    latency_batch: int = 1,
+    latency_threads: int = 1,
+    allow_slower: bool = False,
     model_spec: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     watch: Watcher = ignore,
@@ -103,7 +108,7 @@ def search(
     Args:
         model: the trained network; left untouched.
         data: what it was trained on.
-        budget: upper bounds on MACs and parameters.
+        budget: upper bounds on MACs, parameters and latency.
         trials: how many finished trials there shall be in the end, pruned ones included.
         timeout: seconds after which no further trial is begun.
         space: a search space, its name, or a YAML file.
@@ -112,11 +117,16 @@ def search(
         study: its name in the storage, `kronsearch` by default.
         out: folder for `plan.json`, `compressed.safetensors`, `trials.csv` (and `study.db`).
         cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
-            and seed takes from there; by default `cache` in `out`, or none where there is no `out`.
+            and seed takes from there, and for what was timed; by default `cache` in `out`, or none where there is no
+            `out`.
         input_shape: of one example; by default the data's.
         device: to run on.
         seed: of everything random.
         final_epochs: of the winner's fine-tune with the dense network as teacher; 0 for none.
+        latency_batch: examples in a run where latency is measured.
+        latency_threads: threads of torch there.
+        allow_slower: whether layers may become slower than they are. Else that is avoided where it can be, see
+            `Pace.problem`; with it and no budget of latency, nothing is timed.
         model_spec: how the model is called in the plan.
         model_args: what it was constructed with, for the plan.
         watch: is told of every step.
@@ -130,7 +140,7 @@ def search(
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     started = time.monotonic()
     folder = None if out is None else Path(out)
-    stopwatch = Stopwatch(watch)
+    phases = PhaseClock(watch)
     subject = Subject(
         model,
         data,
@@ -140,12 +150,13 @@ def search(
         seed=seed,
         out=folder,
         cache=cache,
-        watch=stopwatch,
+        watch=phases,
     )
-    limits = budget.limits(dense_macs=subject.cost.macs, dense_params=subject.cost.params)
+    pace = Pace(budget, subject.stopwatch(Setting(latency_batch, latency_threads)), allow_slower)
+    limits = pace.limits(subject.cost)
     check_reachable(subject.cost, subject.space, limits)
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
-    run = _Run(subject, limits, draft)
+    run = _Run(subject, limits, draft, pace)
     if storage is None and folder is not None:
         make_folder(folder)
         storage = f"sqlite:///{folder / 'study.db'}"
@@ -171,20 +182,20 @@ def search(
     best = ledger.best()
     if best is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
-    plan = final_plan(best, ledger.name, data)
+    plan = pace.measured(final_plan(best, ledger.name, data))
     small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
         _save_table(ledger.table(), folder)
     dense, compressed = run.test(small)
-    return SearchResult(plan, small, dense, compressed, ledger.table(), folder, stopwatch.seconds, run.tuning)
+    return SearchResult(plan, small, dense, compressed, ledger.table(), folder, phases.seconds, run.tuning)
 
 
 class _Run:
     """The state of one search."""
 
-    def __init__(self, subject: Subject, limits: Limits, draft: Draft) -> None:
-        self.subject, self.limits, self.draft = subject, limits, draft
+    def __init__(self, subject: Subject, limits: Limits, draft: Draft, pace: Pace) -> None:
+        self.subject, self.limits, self.draft, self.pace = subject, limits, draft, pace
         self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
         self._waited: int | None = None
@@ -205,6 +216,7 @@ class _Run:
             "space": self.draft.space.model_dump_json(),
             "seed": self.draft.seed,
             "objective": OBJECTIVE if self.data is not None else "predicted error",
+            **self.pace.identity,
         }
 
     def wanted(self, trials: int) -> int:
@@ -214,7 +226,7 @@ class _Run:
         """Measure, decompose, and set what the trials are about."""
         prepared = self.subject.prepared()
         candidates, sensitivity = self.subject.tables(prepared)
-        self.problem = Problem(self.subject.cost, self.limits, candidates, sensitivity)
+        self.problem = self.pace.problem(Problem(self.subject.cost, self.limits, candidates, sensitivity))
         self._scorer = self._scorer_with(prepared)
 
     def scorer(self) -> Scorer | None:
@@ -248,17 +260,24 @@ class _Run:
 
     def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
         """Run one trial to its end."""
-        allocation = self.problem.allocate(suggest(trial, self.problem))
-        plan = self.draft.plan(self.problem, allocation)
+        found = self.pace.allocate(self.problem, suggest(trial, self.problem))
+        if found is None:
+            ledger.tell(trial, None)
+            done = len(ledger.finished())
+            self.subject.tell("trials", done, wanted, f"trial {trial.number} missed the budget of latency")
+            return
+        allocation, latency = found
+        plan = self.draft.plan(self.problem, allocation, latency)
         digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
         twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
         for key, attribute in (
             (PLAN, plan.model_dump_json()),
             ("digest", digest),
-            ("macs", allocation.macs),
-            ("params", allocation.params),
+            ("macs", plan.compressed.macs),
+            ("params", plan.compressed.params),
             ("predicted_error", plan.predicted_error),
             ("gap", allocation.gap),
+            *(() if latency is None else (("latency_ms", latency.compressed_ms), ("latency_ratio", latency.ratio))),
         ):
             trial.set_user_attr(key, attribute)
         value = score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
@@ -271,8 +290,8 @@ class _Run:
             wanted,
             f"trial {trial.number} {outcome(trial, value)}",
             best=None if best is None else best.user_attrs[SCORE],
-            macs=allocation.macs,
-            params=allocation.params,
+            macs=plan.compressed.macs,
+            params=plan.compressed.params,
         )
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:

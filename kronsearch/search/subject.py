@@ -15,6 +15,7 @@ from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.progress import Phase, Progress, Watcher
 from kronsearch.search.reach import replaceable
 from kronsearch.search.space import SearchSpace, load_space
+from kronsearch.search.stopwatch import Setting, Stopwatch
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import evaluate
 
@@ -105,6 +106,18 @@ class Subject:
             prepared,
             shelf=self._shelf,
             tell=lambda done, name: self.tell("tables", done, len(self.names), name),
+        )
+
+    def stopwatch(self, setting: Setting) -> Stopwatch:
+        """Return what measures the latency of candidates and plans."""
+        return Stopwatch(
+            self.dense,
+            self.cost,
+            self.names,
+            setting,
+            shelf=self._shelf,
+            device=self.device,
+            tell=lambda done, total: self.tell("latency", done, total),
         )
 
     def tell(

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from kronsearch.budget import Budget, budgets
+from kronsearch.errors import BudgetError
 from kronsearch.files import make_folder, replacing
-from kronsearch.plan import Plan, save_plan
+from kronsearch.plan import Latency, Plan, PlanBudget, save_plan
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.draft import Draft
+from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.progress import Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.space import SearchSpace
+from kronsearch.search.stopwatch import Setting
 from kronsearch.search.subject import Subject
 from kronsearch.training.data import Data
 
@@ -46,7 +49,7 @@ class Point:
 class Front:
     """The points of a sweep in ascending order of their budgets, and the folder of their files, if one was asked for.
 
-    A point never has a larger weighed error than one of a smaller budget.
+    A point never has a larger weighed error than one of a smaller budget that was chosen from the same candidates.
     """
 
     points: tuple[Point, ...]
@@ -66,11 +69,16 @@ class Front:
                 "predicted_error": point.plan.predicted_error,
                 "weighed_error": point.weighed_error,
                 "gap": point.plan.provenance.gap,
+                **({} if (taken := point.plan.latency) is None else _latency(point.plan.budget, taken)),
                 "plan": point.name,
             }
             for point in self.points
         ]
         return pd.DataFrame(rows)
+
+
+def _latency(budget: PlanBudget, taken: Latency) -> dict[str, object]:
+    return {"budget_latency": budget.latency, "latency_ms": taken.compressed_ms, "latency_ratio": taken.ratio}
 
 
 def sweep(
@@ -79,12 +87,16 @@ def sweep(
     *,
     flops: str | int | None = None,
     params: str | int | None = None,
+    latency: str | None = None,
     space: SearchSpace | str | Path = "default",
     out: str | Path | None = None,
     cache: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    latency_batch: int = 1,
+    latency_threads: int = 1,
+    allow_slower: bool = False,
     model_spec: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     watch: Watcher = ignore,
@@ -100,12 +112,16 @@ def sweep(
         flops: bounds on the MACs of one example, such as `25%:90%:20` (from, to, how many) or `1G,2G`; or one bound, if
             `params` has several.
         params: bounds on the number of parameters, likewise.
+        latency: bounds on the measured latency, likewise, such as `4ms:8ms:5`.
         space: a search space, its name, or a YAML file.
         out: folder for `front.csv` and `plans/`.
         cache: as that of a search.
         input_shape: of one example; by default the data's.
         device: to run on.
         seed: of the images that statistics are gathered on.
+        latency_batch: as that of a search.
+        latency_threads: likewise.
+        allow_slower: likewise.
         model_spec: how the model is called in the plans.
         model_args: what it was constructed with, for the plans.
         watch: is told of every step.
@@ -113,7 +129,7 @@ def sweep(
     Raises:
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
-    asked = budgets(flops=flops, params=params)
+    asked = budgets(flops=flops, params=params, latency=latency)
     folder = None if out is None else Path(out)
     subject = Subject(
         model,
@@ -127,18 +143,23 @@ def sweep(
         watch=watch,
     )
     cost = subject.cost
-    limits = {budget: budget.limits(dense_macs=cost.macs, dense_params=cost.params) for budget in asked}
-    asked.sort(key=lambda budget: (limits[budget].macs or 0, limits[budget].params or 0))
+    stopwatch = subject.stopwatch(Setting(latency_batch, latency_threads))
+    paces = {budget: Pace(budget, stopwatch, allow_slower) for budget in asked}
+    limits = {budget: pace.limits(cost) for budget, pace in paces.items()}
+    asked.sort(key=lambda budget: [*limits[budget].given.values()])
     check_reachable(cost, subject.space, limits[asked[0]])
     if folder is not None:
         make_folder(folder / _PLANS)
     candidates, sensitivity = subject.tables(subject.prepared())
-    problems = [Problem(cost, limits[budget], candidates, sensitivity) for budget in asked]
+    problems = [paces[budget].problem(Problem(cost, limits[budget], candidates, sensitivity)) for budget in asked]
     total = sum(weight**_PLAIN.trust for weight in sensitivity.values()) or 1.0
     points = []
-    for budget, problem, allocation in zip(asked, problems, _allocations(problems, subject), strict=True):
+    allocations = _allocations(problems, [paces[budget] for budget in asked], subject)
+    for budget, problem, allocation in zip(asked, problems, allocations, strict=True):
         draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
-        points.append(Point(draft.plan(problem, allocation), allocation.error / total, _file_of(budget)))
+        specs = specs_of(problem.candidates, allocation)
+        taken = stopwatch.compare(specs) if paces[budget].bounded else None
+        points.append(Point(draft.plan(problem, allocation, taken), allocation.error / total, _file_of(budget)))
     front = Front(tuple(points), folder)
     if folder is not None:
         for point in points:
@@ -148,19 +169,25 @@ def sweep(
     return front
 
 
-def _allocations(problems: Sequence[Problem], subject: Subject) -> list[Allocation]:
-    """Return the best allocation for each problem, of all that were found and keep its bounds.
+def _allocations(problems: Sequence[Problem], paces: Sequence[Pace], subject: Subject) -> list[Allocation]:
+    """Return the best allocation for each problem, of all of the same candidates that were found and keep its bounds.
 
     What the solver leaves open, up to the gap, could otherwise make a larger budget the worse one.
+
+    Raises:
+        BudgetError: a budget can't be reached.
     """
     found = []
-    for done, problem in enumerate(problems):
+    for done, (problem, pace) in enumerate(zip(problems, paces, strict=True)):
         subject.tell("budgets", done, len(problems))
-        found.append(problem.allocate(_PLAIN))
+        if (kept := pace.allocate(problem, _PLAIN)) is None:
+            raise BudgetError(f"no plan within {pace.budget} was found: ask for a looser one")
+        found.append(kept[0])
     subject.tell("budgets", len(problems), len(problems))
     best = []
     for problem, own in zip(problems, found, strict=True):
-        fitting = (other for other in found if problem.bounds.hold(macs=other.macs, params=other.params))
+        alike = (other for other, its in zip(found, problems, strict=True) if its.candidates is problem.candidates)
+        fitting = (other for other in alike if problem.bounds.hold(**other.costs))
         least = min(fitting, key=lambda other: other.error)
         proven = own.error * (1 - own.gap)
         gap = max(0.0, (least.error - proven) / least.error) if least.error > 0 else 0.0
@@ -170,6 +197,5 @@ def _allocations(problems: Sequence[Problem], subject: Subject) -> list[Allocati
 
 def _file_of(budget: Budget) -> str:
     """Return a file's name that tells the budget, such as `plans/flops-28.42pct-params-1M.json`."""
-    amounts = (("flops", budget.flops), ("params", budget.params))
-    told = "-".join(f"{name}-{amount}" for name, amount in amounts if amount is not None)
+    told = "-".join(f"{name}-{amount}" for name, amount in budget.given.items())
     return f"{_PLANS}/{told.replace('%', 'pct').replace(' ', '')}.json"

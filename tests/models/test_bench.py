@@ -11,6 +11,7 @@ from torch import nn
 import kronsearch as ks
 from kronsearch.errors import FileError, ModelError
 from kronsearch.models import bench as module
+from kronsearch.models import timing
 from kronsearch.models.bench import Timing, bench, save_timings
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec
 
@@ -58,11 +59,12 @@ def test_the_network_and_each_replaced_layer_at_each_setting(networks):
     assert [(t.threads, t.batch, t.layer) for t in timings] == [
         (threads, batch, layer) for threads in (1, 2) for batch in (1, 3) for layer in ("", "conv", "head")
     ]
-    for timing in timings:
-        assert timing.pairs >= 5
-        assert min(timing.dense_ms, timing.compressed_ms) > 0
-        assert timing.speedup_low <= timing.speedup <= timing.speedup_high
-        assert {timing.dense_layout, timing.compressed_layout} <= {"contiguous", "channels_last"}
+    for found in timings:
+        assert found.pairs >= 5
+        assert min(found.dense_ms, found.compressed_ms) > 0
+        assert found.speedup_low <= found.speedup <= found.speedup_high
+        assert {found.dense_layout, found.compressed_layout} <= {"contiguous", "channels_last"}
+    assert [t.layer for t in timed(networks, layers=False, batches=(1, 2))] == ["", ""]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -80,7 +82,7 @@ def test_threads_modes_and_gradients_are_as_before(networks, fails):
         network.register_forward_pre_hook(watch)
     states = [copy.deepcopy(network.state_dict()) for network in networks]
     if fails:
-        with pytest.raises(ModelError, match=r"inputs of shape \(1, 3, 6, 6\) \(no memory\): pass a smaller --batch"):
+        with pytest.raises(ModelError, match=r"inputs of shape \(1, 3, 6, 6\) \(no memory\): pass a smaller batch"):
             timed(networks, threads=(before + 1,))
     else:
         timed(networks, threads=(before + 1,))
@@ -94,18 +96,21 @@ def test_threads_modes_and_gradients_are_as_before(networks, fails):
 
 def test_runs_take_turns_after_a_warm_up():
     order = []
-    times = module._paired(lambda: order.append("dense"), lambda: order.append("compressed"), 0.0, CPU)
-    assert times.shape == (module._FEWEST, 2)
-    assert order == ["dense", "compressed"] * (module._WARMUP + module._FEWEST)
+    times = timing.paired(lambda: order.append("dense"), lambda: order.append("compressed"), 0.0, CPU)
+    assert times.shape == (timing._FEWEST, 2)
+    assert order == ["dense", "compressed"] * (timing._WARMUP + timing._FEWEST)
 
 
-def test_time_is_bounded(monkeypatch):
-    clock = iter(range(10_000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+def test_time_is_bounded():
+    ticks = iter(range(10_000))
+
+    def clock():
+        return float(next(ticks))
+
     # a look at the clock takes a second: four for a pair, and one more before each pair after the fewest
-    seconds, fewest = 1 + 4 * module._FEWEST + 5 * 6, module._FEWEST
-    assert len(module._paired(lambda: None, lambda: None, seconds - 1, CPU)) == fewest + 6
-    assert len(module._paired(lambda: None, lambda: None, seconds, CPU)) == fewest + 6
+    seconds, fewest = 1 + 4 * timing._FEWEST + 5 * 6, timing._FEWEST
+    assert len(timing.paired(lambda: None, lambda: None, seconds - 1, CPU, clock=clock)) == fewest + 6
+    assert len(timing.paired(lambda: None, lambda: None, seconds, CPU, clock=clock)) == fewest + 6
 
 
 def test_the_summary_is_of_pairs():
@@ -129,10 +134,11 @@ def test_a_layer_is_run_on_the_inputs_of_all_its_calls(networks):
 def test_each_network_is_timed_in_the_layout_that_it_is_faster_in(networks, monkeypatch):
     slow = {"contiguous"}
 
-    def paired(first, second, seconds, device):
+    def paired(first, second, seconds, device, *, clock):
         return np.array([[2.0, 1.0]]) if slow else np.array([[1.0, 2.0]])
 
-    monkeypatch.setattr(module, "_paired", paired)
+    monkeypatch.setattr(timing, "paired", paired)
+    monkeypatch.setattr(module, "paired", paired)
     assert {t.dense_layout for t in timed(networks)} == {"channels_last"}
     slow.clear()
     assert {t.compressed_layout for t in timed(networks)} == {"contiguous"}

@@ -13,14 +13,17 @@ from kronsearch.search.allocate import Choices, _Program, allocate
 
 def choices(rows):
     macs, params, error = zip(*rows, strict=True)
-    return Choices(np.array(macs), np.array(params), np.array(error, dtype=float))
+    return Choices({"macs": np.array(macs), "params": np.array(params)}, np.array(error, dtype=float))
+
+
+def total(layers, picks, name, fixed=0):
+    return fixed + sum(int(layer.costs[name][i]) for layer, i in zip(layers, picks, strict=True))
 
 
 def brute_force(layers, limits, fixed):
     best = None
     for picks in product(*(range(len(layer.error)) for layer in layers)):
-        macs = fixed + sum(int(layer.macs[i]) for layer, i in zip(layers, picks, strict=True))
-        params = fixed + sum(int(layer.params[i]) for layer, i in zip(layers, picks, strict=True))
+        macs, params = (total(layers, picks, name, fixed) for name in ("macs", "params"))
         error = sum(layer.error[i] for layer, i in zip(layers, picks, strict=True))
         fits = (limits.macs is None or macs <= limits.macs) and (limits.params is None or params <= limits.params)
         if fits and (best is None or error < best):
@@ -39,25 +42,42 @@ def test_equals_brute_force_under_any_combination_of_budgets(table, macs, params
     expected = brute_force(layers, limits, fixed)
     if expected is None:
         with pytest.raises(BudgetError, match="can't be reached"):
-            allocate(layers, limits, fixed_macs=fixed, fixed_params=fixed)
+            allocate(layers, limits, fixed={"macs": fixed, "params": fixed})
         return
-    found = allocate(layers, limits, fixed_macs=fixed, fixed_params=fixed)
-    assert found.macs == fixed + sum(int(layer.macs[i]) for layer, i in zip(layers, found.chosen, strict=True))
-    assert macs is None or found.macs <= macs
-    assert params is None or found.params <= params
+    found = allocate(layers, limits, fixed={"macs": fixed, "params": fixed})
+    assert found.costs == {name: total(layers, found.chosen, name, fixed) for name in ("macs", "params")}
+    assert limits.hold(**found.costs)
     assert expected <= found.error <= expected * (1 + 1e-3) + 1e-9
     assert 0 <= found.gap <= 1e-3
 
 
+def test_any_cost_can_be_bounded_and_those_that_are_not_are_told():
+    generator = np.random.default_rng(2)
+    names = ("macs", "params", "latency")
+    layers = [
+        Choices({name: generator.integers(1, 10**6, 6) for name in names}, generator.uniform(0, 1, 6)) for _ in range(4)
+    ]
+    picks = list(product(range(6), repeat=4))
+    for bounded in (("latency",), ("macs", "latency"), names):
+        limits = Limits(**dict.fromkeys(bounded, 15 * 10**5))
+        fits = [p for p in picks if all(total(layers, p, name, 9) <= 15 * 10**5 for name in bounded)]
+        best = min(sum(layer.error[i] for layer, i in zip(layers, p, strict=True)) for p in fits)
+        found = allocate(layers, limits, fixed=dict.fromkeys(names, 9))
+        assert found.error == pytest.approx(best, rel=1e-4)
+        assert found.costs == {name: total(layers, found.chosen, name, 9) for name in names}
+    with pytest.raises(BudgetError, match=r"2e-05 ms can't be reached: .* is 1.306 ms"):
+        allocate(layers, Limits(latency=20))
+
+
 def test_a_budget_is_kept_to_the_last_mac():
     layers = [choices([(10**9, 1, 0.0), (10**9 - 1, 1, 1.0), (5, 1, 9.0)])]
-    assert allocate(layers, Limits(10**9 - 1, None)).macs < 10**9
+    assert allocate(layers, Limits(10**9 - 1, None)).costs["macs"] < 10**9
 
 
 def test_an_unreachable_budget_names_the_smallest():
     layers = [choices([(100, 10, 0.0), (30, 5, 1.0)]), choices([(50, 4, 0.0)])]
     with pytest.raises(BudgetError, match=r"85 MACs can't be reached: .* is 87 MACs"):
-        allocate(layers, Limits(85, None), fixed_macs=7)
+        allocate(layers, Limits(85, None), fixed={"macs": 7})
 
 
 def test_two_budgets_that_only_exclude_each_other():
@@ -74,11 +94,10 @@ def test_many_layers_with_many_candidates_are_solved_to_the_gap():
         macs, params = generator.integers(10**4, 10**8, (2, 1000))
         depth = generator.uniform(0.5, 3)
         error = np.exp(-depth * (np.log(macs) + 0.5 * np.log(params)) / 10) * generator.uniform(0.8, 1.2, 1000)
-        layers.append(Choices(macs, params, error))
+        layers.append(Choices({"macs": macs, "params": params}, error))
     for limits in (Limits(54 * 10**7, None), Limits(54 * 10**7, 54 * 2 * 10**7)):
         found = allocate(layers, limits)
-        assert found.macs <= limits.macs
-        assert limits.params is None or found.params <= limits.params
+        assert limits.hold(**found.costs)
         assert found.gap <= 1e-3
 
 

@@ -35,7 +35,7 @@ def test_any_weighing_keeps_the_budget(problem):
         weighing = Weighing(
             trust=0.3, curvature=0.7, importance={problem.groups[0]: importance}, price={Structure.DEEP: importance}
         )
-        assert problem.allocate(weighing).macs <= problem.limits.macs
+        assert problem.allocate(weighing).costs["macs"] <= problem.limits.macs
 
 
 def test_the_plain_weighing_with_full_trust_has_the_lowest_predicted_error(problem):

@@ -15,17 +15,15 @@ def test_the_smallest_cost_is_reached_by_the_allocation_and_one_less_is_not(digi
     layers = []
     for name in replaceable(digits_cost, SPACE):
         table = layer_candidates(digits_model.get_parameter(f"{name}.weight"), digits_cost.layer(name), SPACE)
-        layers.append(Choices(table.macs, table.params, table.error))
-    fixed = {
-        "fixed_macs": digits_cost.macs - sum(int(layer.macs[0]) for layer in layers),
-        "fixed_params": digits_cost.params - sum(int(layer.params[0]) for layer in layers),
-    }
+        layers.append(Choices(table.costs, table.error))
+    whole = {"macs": digits_cost.macs, "params": digits_cost.params}
+    fixed = {name: cost - sum(int(layer.costs[name][0]) for layer in layers) for name, cost in whole.items()}
     assert macs < digits_cost.macs
     assert params < digits_cost.params
 
-    assert allocate(layers, Limits(macs, None), **fixed).macs == macs
-    assert sum(int(layer.macs.min()) for layer in layers) + fixed["fixed_macs"] == macs
-    assert sum(int(layer.params.min()) for layer in layers) + fixed["fixed_params"] == params
+    assert allocate(layers, Limits(macs, None), fixed=fixed).costs["macs"] == macs
+    for name, least in (("macs", macs), ("params", params)):
+        assert sum(int(layer.costs[name].min()) for layer in layers) + fixed[name] == least
     check_reachable(digits_cost, SPACE, Limits(macs, None))
     check_reachable(digits_cost, SPACE, Limits(None, params))
     with pytest.raises(BudgetError, match="each by itself"):

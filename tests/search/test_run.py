@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import kronsearch as ks
 from kronsearch.errors import BudgetError, DataError, ModelError, StudyError
 from kronsearch.models.apply import load_compressed
+from kronsearch.search.pace import Pace
 from kronsearch.search.space import SearchSpace
+from kronsearch.search.subject import Subject
 from kronsearch.training.task import Classification
 
 SPACE = SearchSpace(deep_fits=3)
@@ -21,6 +23,7 @@ SETTINGS = {
     "trials": 2,
     "space": SPACE,
     "model_spec": "zoo:digits",
+    "allow_slower": True,
 }
 
 
@@ -139,6 +142,7 @@ def test_the_same_seed_gives_the_same_plan(found, digits_model, digits_data):
         trials=2,
         space=SPACE,
         final_epochs=0,
+        allow_slower=True,
         model_spec="zoo:digits",
     )
     assert again.plan == result.plan
@@ -147,7 +151,8 @@ def test_the_same_seed_gives_the_same_plan(found, digits_model, digits_data):
 
 def test_every_layer_left_dense_has_its_reason(digits_model):
     space = SearchSpace(deep_fits=3, keep_dense=("conv1",))
-    result = ks.search(digits_model, budget=ks.Budget(flops="70%"), space=space, input_shape=(1, 8, 8))
+    budget = ks.Budget(flops="70%")
+    result = ks.search(digits_model, budget=budget, space=space, input_shape=(1, 8, 8), allow_slower=True)
     assert "keeps 'conv1' dense" in result.plan.layers["conv1"].dense
     assert result.dense is None
     assert result.plan.score is None
@@ -155,16 +160,16 @@ def test_every_layer_left_dense_has_its_reason(digits_model):
 
 
 def test_with_a_params_budget_alone_macs_do_not_grow(digits_model, digits_cost):
-    result = ks.search(digits_model, budget=ks.Budget(params="50%"), space=SPACE, input_shape=(1, 8, 8))
+    budget = ks.Budget(params="50%")
+    result = ks.search(digits_model, budget=budget, space=SPACE, input_shape=(1, 8, 8), allow_slower=True)
     assert result.plan.compressed.params <= digits_cost.params // 2
     assert result.plan.compressed.macs <= digits_cost.macs
 
 
 def test_a_frozen_network_is_fine_tuned_all_the_same(digits_data):
     model = ks.load_model("zoo:digits").requires_grad_(False)
-    result = ks.search(
-        model, digits_data, budget=ks.Budget(flops="60%"), trials=1, space=SearchSpace(structures=("spatial",))
-    )
+    budget, space = ks.Budget(flops="60%"), SearchSpace(structures=("spatial",))
+    result = ks.search(model, digits_data, budget=budget, trials=1, space=space, allow_slower=True)
     assert all(parameter.requires_grad for parameter in result.model.parameters())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -189,6 +194,67 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         with pytest.raises(error, match=message):
             ks.search(**arguments, out=out)
         assert not out.exists()
+
+
+@pytest.fixture
+def on_a_hand_made_machine(stopwatch, hand_timer, monkeypatch, digits_model):
+    """Let searches run on a machine where layers take as much of the time as of the parameters."""
+    dense = {tuple(weight.shape): weight.numel() for weight in digits_model.parameters()}
+    timer = hand_timer(lambda spec: spec.params / dense[spec.kernel_shape])
+    monkeypatch.setattr(Subject, "stopwatch", lambda _, setting: stopwatch(timer, setting))
+    return timer
+
+
+def test_every_plan_of_a_budget_of_latency_was_measured_to_keep_it(
+    digits_model, digits_data, tmp_path, on_a_hand_made_machine
+):
+    timer = on_a_hand_made_machine
+    timer.noise = 1.1
+    settings = {
+        "budget": ks.Budget(latency="60%", flops="90%"),
+        "space": SearchSpace(structures=("spatial", "deep"), deep_fits=3),
+        "out": tmp_path / "out",
+        "final_epochs": 0,
+        "latency_batch": 4,
+    }
+    first = ks.search(digits_model, digits_data, **settings, trials=2)
+    assert (first.trials["latency_ratio"] <= 0.6).all()
+    assert first.plan.latency.ratio <= 0.6
+    assert first.plan.latency.batch == 4
+    assert first.plan.budget.latency == "60%"
+    assert first.plan.compressed.macs <= first.plan.budget.max_macs
+    before = (tmp_path / "out" / "compressed.safetensors").stat().st_mtime_ns
+    compared = len(timer.compared)
+    again = ks.search(digits_model, digits_data, **settings, trials=2)
+    assert again.plan == first.plan
+    assert len(timer.compared) == compared  # what was measured is on the shelf
+    assert (tmp_path / "out" / "compressed.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(StudyError, match="latency was batch 4, threads 1, is batch 8, threads 1"):
+        ks.search(digits_model, digits_data, **settings | {"latency_batch": 8}, trials=2)
+
+
+def test_without_such_a_budget_the_winner_is_measured(digits_model, on_a_hand_made_machine):
+    budget, space = ks.Budget(flops="50%"), SearchSpace(structures=("spatial",))
+    result = ks.search(digits_model, budget=budget, space=space, input_shape=(1, 8, 8))
+    assert on_a_hand_made_machine.compared[-1] == result.plan.replaced
+    assert 0 < result.plan.latency.ratio <= 1.3 / 2
+
+
+def test_a_trial_that_misses_the_budget_of_latency_is_pruned(
+    digits_model, digits_data, on_a_hand_made_machine, monkeypatch
+):
+    kept = Pace.allocate
+    calls = []
+
+    def misses_first(*args):
+        calls.append(args)
+        return None if len(calls) == 1 else kept(*args)
+
+    monkeypatch.setattr(Pace, "allocate", misses_first)
+    budget, space = ks.Budget(latency="80%"), SearchSpace(structures=("spatial",))
+    result = ks.search(digits_model, digits_data, budget=budget, space=space, trials=2, final_epochs=0)
+    assert list(result.trials["state"]) == ["pruned", "complete"]
+    assert result.plan.provenance.trial == 1
 
 
 def test_a_study_of_another_model_or_seed_is_refused(found, digits_data):

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from kronsearch.search.progress import Progress, Stopwatch
+from kronsearch.search.progress import PhaseClock, Progress
 from kronsearch.search.summary import Agreement, summarise
 
 
@@ -64,10 +64,10 @@ def test_a_measure_that_is_the_same_for_all_orders_nothing():
     assert found.agreements == ()
 
 
-def test_a_stopwatch_adds_up_each_phase_and_passes_its_steps_on():
+def test_a_phase_clock_adds_up_each_phase_and_passes_its_steps_on():
     told, now = [], iter([10.0, 11.0, 13.0, 17.0, 25.0])
-    stopwatch = Stopwatch(told.append, clock=lambda: next(now))
+    phases = PhaseClock(told.append, clock=lambda: next(now))
     for phase in ("profile", "calibrate", "calibrate", "trials", "calibrate"):
-        stopwatch(Progress(phase=phase, done=0, total=1))
-    assert stopwatch.seconds == {"profile": 1.0, "calibrate": 2.0 + 4.0, "trials": 8.0}
+        phases(Progress(phase=phase, done=0, total=1))
+    assert phases.seconds == {"profile": 1.0, "calibrate": 2.0 + 4.0, "trials": 8.0}
     assert [step.phase for step in told] == ["profile", "calibrate", "calibrate", "trials", "calibrate"]

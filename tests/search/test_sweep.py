@@ -9,10 +9,12 @@ from kronsearch.errors import BudgetError, FileError, ModelError
 from kronsearch.search import prepare
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.space import SearchSpace
+from kronsearch.search.subject import Subject
 from kronsearch.search.sweep import sweep
 
 SPACE = SearchSpace(deep_fits=3)
 SHAPE = (1, 8, 8)
+CANDIDATES = []
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def found(digits_model, cache, tmp_path_factory):
         params="60%",
         space=SPACE,
         input_shape=SHAPE,
+        allow_slower=True,
         cache=cache,
         out=tmp_path_factory.mktemp("sweep") / "out",
         model_spec="zoo:digits",
@@ -74,7 +77,7 @@ def test_a_point_is_trial_0_of_a_search(found, digits_model, cache, monkeypatch)
     """The tables are those of the sweep, from the cache; and without data the weighed error is the predicted one."""
     monkeypatch.setattr(prepare, "layer_candidates", None)
     budget = ks.Budget(flops="50%", params="60%")
-    plan = ks.search(digits_model, budget=budget, space=SPACE, input_shape=SHAPE, cache=cache).plan
+    plan = ks.search(digits_model, budget=budget, space=SPACE, input_shape=SHAPE, cache=cache, allow_slower=True).plan
     point = found[0].points[3]
     assert point.plan.layers == plan.layers
     assert point.plan.predicted_error == plan.predicted_error
@@ -82,7 +85,8 @@ def test_a_point_is_trial_0_of_a_search(found, digits_model, cache, monkeypatch)
 
 
 def test_with_data_the_front_is_of_what_is_weighed(digits_model, digits_data, digits_cost):
-    front = sweep(digits_model, digits_data, params="30%,70%", space=SearchSpace(structures=("spatial",)))
+    space = SearchSpace(structures=("spatial",))
+    front = sweep(digits_model, digits_data, params="30%,70%", space=space, allow_slower=True)
     small, large = front.points
     assert small.weighed_error > large.weighed_error
     assert small.weighed_error != pytest.approx(small.plan.predicted_error, rel=1e-3)
@@ -98,18 +102,40 @@ def test_every_phase_is_told_in_order(found):
 
 
 def problem(macs, allocation):
-    return SimpleNamespace(bounds=Limits(macs, 100), allocate=lambda weighing: allocation)
+    return SimpleNamespace(bounds=Limits(macs, 100), candidates=CANDIDATES, allocation=allocation)
 
 
 def test_what_was_found_for_a_smaller_budget_serves_a_larger_one_too():
     from kronsearch.search.sweep import _allocations
 
-    good, poor = Allocation((1,), 40, 9, 0.50, gap=0.0), Allocation((2,), 60, 9, 0.51, gap=0.04)
-    cheap = Allocation((3,), 20, 9, 0.9, gap=0.1)
+    good = Allocation((1,), {"macs": 40, "params": 9}, 0.50, gap=0.0)
+    poor = Allocation((2,), {"macs": 60, "params": 9}, 0.51, gap=0.04)
+    cheap = Allocation((3,), {"macs": 20, "params": 9}, 0.9, gap=0.1)
     told = SimpleNamespace(tell=lambda *step: None)
-    best = _allocations([problem(30, cheap), problem(50, good), problem(70, poor)], told)
+    pace = SimpleNamespace(allocate=lambda problem, weighing: (problem.allocation, None))
+    problems = [problem(30, cheap), problem(50, good), problem(70, poor)]
+    best = _allocations(problems, [pace] * 3, told)
     assert [allocation.chosen for allocation in best] == [(3,), (1,), (1,)]
     assert [allocation.gap for allocation in best] == pytest.approx([0.1, 0.0, 1 - 0.51 * (1 - 0.04) / 0.50])
+    problems[1].candidates = []  # an index says nothing among other candidates
+    assert [allocation.chosen for allocation in _allocations(problems, [pace] * 3, told)] == [(3,), (1,), (2,)]
+    none = SimpleNamespace(allocate=lambda problem, weighing: None, budget="latency 5ms")
+    with pytest.raises(BudgetError, match="no plan within latency 5ms was found"):
+        _allocations(problems[:1], [none], told)
+
+
+def test_a_front_of_latencies_is_measured(digits_model, stopwatch, hand_timer, monkeypatch):
+    dense = {tuple(weight.shape): weight.numel() for weight in digits_model.parameters()}
+    timer = hand_timer(lambda spec: spec.params / dense[spec.kernel_shape])
+    monkeypatch.setattr(Subject, "stopwatch", lambda _, setting: stopwatch(timer, setting))
+    space = SearchSpace(structures=("spatial",))
+    front = sweep(digits_model, latency="60%:90%:3", flops="95%", input_shape=SHAPE, space=space)
+    assert list(front.table["budget_latency"]) == ["60%", "75%", "90%"]
+    assert (front.table["latency_ratio"] <= [0.6, 0.75, 0.9]).all()
+    assert front.points[0].name == "plans/flops-95pct-latency-60pct.json"
+    assert [point.plan.latency.ratio for point in front.points] == list(front.table["latency_ratio"])
+    errors = [point.weighed_error for point in front.points]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, tmp_path):
