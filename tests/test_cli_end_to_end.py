@@ -151,19 +151,10 @@ def test_a_plan_is_applied_and_evaluated_two_ways_alike(finished):
     assert on_the_fly == from_the_file
 
 
-@pytest.fixture
-def one_thread():
-    """The killed process has one, too; sums over more have other roundings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_a_fine_tune_that_was_killed_ends_with_the_same_weights(finished):
+    """All in processes of their own: what other tests leave in this one, such as threads, changes roundings."""
     line = ("finetune", "found/plan.json", *MODEL, "--data", "digits", "--epochs", "8", "--out")
-    out, err = kronsearch(*line, "whole", cwd=finished)
+    out, err = finish(start(*line, "whole", cwd=finished))
     assert "test accuracy" in out
     assert "written to whole: compressed.safetensors, log.csv" in out
     assert re.search(r"^fine-tuning 10/80: best 0\.\d+, \w+ left, epoch 1 scored 0\.\d+, loss ", err, re.MULTILINE)
@@ -180,14 +171,14 @@ def test_a_fine_tune_that_was_killed_ends_with_the_same_weights(finished):
         process.communicate()
     steps = len((finished / "killed/log.csv").read_text().splitlines())
     assert 2 <= steps < 9
-    resumed, err = kronsearch(*line, "killed", cwd=finished)
+    resumed, err = finish(start(*line, "killed", cwd=finished))
     assert re.search(r"^fine-tuning [1-7]0/80: best", err, re.MULTILINE)
     assert resumed == out.replace("whole", "killed")
     for name in ("compressed.safetensors", "checkpoint.safetensors"):
         ours, theirs = (load_state_dict(finished / folder / name) for folder in ("whole", "killed"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    again, err = kronsearch(*line, "killed", cwd=finished)
+    again, err = finish(start(*line, "killed", cwd=finished))
     assert again == resumed.replace("written to", "had been fine-tuned before, see")
     assert "fine-tuning" not in err
     assert "epochs was 8.0, is 9.0" in refused(*line, "killed", "--epochs", "9", cwd=finished)
@@ -281,6 +272,7 @@ def test_killed_in_a_trial_the_same_line_ends_the_search(tmp_path):
 def test_two_workers_on_one_line_share_the_trials_and_end_alike(tmp_path):
     (tmp_path / "space.yaml").write_text("structures: [spatial]\n")
     line = (*RUN, "--trials", "5", "--space", "space.yaml", "--out", "found", "--cache", "cache")
+    line = (*line, "--allow-slower")  # times nothing, for each would have a time of its own
     workers = [start(*line, cwd=tmp_path) for _ in range(2)]
     (one, _), (other, _) = [finish(worker) for worker in workers]
     assert but_for_times(one) == but_for_times(other)

@@ -360,7 +360,8 @@ def postgresql():
     other = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
     if other and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
         pytest.skip("needs a user postgres: PostgreSQL's server does not run as root")
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # a short path, as a socket's must be
+    # a short path, as a socket's must be, and one that another user may enter: a folder for the tests' files may not be
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
     if other:
         shutil.chown(folder, "postgres", "postgres")
 
