@@ -18,8 +18,9 @@ from torch import nn
 
 import kronsearch as ks
 from kronsearch.sekron.convolution import kernels_formed
-from kronsearch.training.finetune import TrainSettings, _optimizer
+from kronsearch.training.optimizer import make_optimizer
 from kronsearch.training.precision import forward, precision_for
+from kronsearch.training.schedule import TrainSettings
 
 PLAN = Path(__file__).parents[1] / "cifar10-resnet32-50flops" / "plan.json"
 PARTS = ("forward", "backward", "clip", "step")
@@ -30,7 +31,9 @@ class Trained:
 
     def __init__(self, model: nn.Module, threads: int) -> None:
         self.model, self.settings = model.train(), TrainSettings(epochs=1)
-        self.optimizer = _optimizer(model, self.settings, torch.device("cpu"))
+        self.optimizer = make_optimizer(
+            model, lr=self.settings.lr, weight_decay=self.settings.weight_decay, device=torch.device("cpu")
+        )
         self.now = time.process_time if threads == 1 else time.perf_counter
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
