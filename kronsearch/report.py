@@ -44,12 +44,7 @@ _NAMES = {
     "settled_divergence": "divergence before the fine-tune",
     "divergence": "divergence after it",
 }
-_PARTS: "dict[str, tuple[Phase, ...]]" = {
-    "preparation": ("profile", "calibrate", "tables"),
-    "trials": ("trials",),
-    "final fine-tune": ("final",),
-    "test": ("test",),
-}
+_PARTS: "dict[Phase, str]" = {"trials": "trials", "final": "final fine-tune", "test": "test"}  # others prepare
 
 
 def console_for(stream: IO[str] | None = None) -> Console:
@@ -104,7 +99,8 @@ def gain(summary: "Summary", metric: str) -> RenderableType:
 
 def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:
     """Return one line: how long each part of a search took, and how much of all was fine-tuning."""
-    parts = {name: sum(seconds.get(phase, 0.0) for phase in phases) for name, phases in _PARTS.items()}
+    preparation = sum(took for phase, took in seconds.items() if phase not in _PARTS)
+    parts = {"preparation": preparation} | {name: seconds.get(phase, 0.0) for phase, name in _PARTS.items()}
     told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if took)
     return f"time: {told}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
 

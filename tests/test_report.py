@@ -197,6 +197,7 @@ def test_times_are_told_by_part():
         "time: preparation 6s, trials 1h00m, final fine-tune 1m33s, test 1s; 90% of it fine-tuning"
     )
     assert times({"profile": 1.0}, 0.0) == "time: preparation 1s; 0% of it fine-tuning"
+    assert times({"latency": 8.0, "tables": 1.0, "trials": 1.0}, 0.0).startswith("time: preparation 9s, trials 1s;")
 
 
 def test_an_evaluation_is_told():
