@@ -1,5 +1,7 @@
 """The errors that a user can cause; the command line prints each as one line and ends with exit code 2."""
 
+from collections.abc import Mapping
+
 __all__ = [
     "BudgetError",
     "CheckpointError",
@@ -12,6 +14,8 @@ __all__ = [
     "SpecError",
     "StudyError",
     "TrainingError",
+    "differences",
+    "first_line",
 ]
 
 
@@ -60,3 +64,15 @@ class StudyError(KronsearchError, ValueError):
 
 class TrainingError(KronsearchError, ValueError):
     """A fine-tune has diverged, or can't be begun or resumed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, for a line of ours."""
+    return str(error).strip().partition("\n")[0]
+
+
+def differences(known: Mapping[str, object], given: Mapping[str, object]) -> str:
+    """Return what differs between two identities, such as `seed was 0, is 1`; empty where nothing does."""
+    shared = known.keys() & given.keys()
+    differing = [key for key in {**known, **given} if key not in shared or known[key] != given[key]]
+    return "; ".join(f"{key} was {known.get(key)}, is {given.get(key)}" for key in differing)

@@ -11,7 +11,7 @@ from kronsearch.models.apply import save_compressed
 from kronsearch.plan import Plan
 from kronsearch.search.score import Scorer
 from kronsearch.training.data import train_batch_count
-from kronsearch.training.evaluate import Evaluation
+from kronsearch.training.evaluate import Evaluation, within_error
 from kronsearch.training.finetune import StepReport, Trainer
 
 __all__ = ["CHECKPOINT", "COMPRESSED", "LOG", "Loop", "supersedes"]
@@ -30,9 +30,9 @@ def supersedes(new: Evaluation, kept: Evaluation | None, *, higher_is_better: bo
     if kept is None:
         return True
     gain = (new.metric - kept.metric) * (1 if higher_is_better else -1)
-    if abs(gain) > math.hypot(new.error, kept.error) * (1 + 1e-9):
-        return gain > 0
-    return (new.divergence or 0.0) <= (kept.divergence or 0.0)
+    if within_error(gain, new.error, kept.error):
+        return (new.divergence or 0.0) <= (kept.divergence or 0.0)
+    return gain > 0
 
 
 class Loop:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
-from kronsearch.errors import CheckpointError, TrainingError
+from kronsearch.errors import CheckpointError, TrainingError, differences
 from kronsearch.files import write_text
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
 from kronsearch.training.evaluate import Evaluation
@@ -69,10 +69,7 @@ class Record(_Part):
 
     def check(self, identity: Mapping[str, JsonValue], path: Path) -> None:
         """Raise TrainingError, which names what differs, unless it is of this identity."""
-        known = self.identity
-        differing = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
-        if differing:
-            told = "; ".join(f"{key} was {known.get(key)}, is {identity.get(key)}" for key in differing)
+        if told := differences(self.identity, identity):
             raise TrainingError(
                 f"the fine-tune in {path.parent} was begun with other settings ({told}): repeat them to resume it, or "
                 "pass another --out"

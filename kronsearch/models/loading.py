@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kronsearch.errors import ModelError
+from kronsearch.errors import ModelError, first_line
 from kronsearch.models.checkpoint import load_weights
 from kronsearch.models.zoo.cifar_resnet import (
     cifar_resnet20,
@@ -207,5 +207,5 @@ def _no_weights(spec: str, name: str, known: Iterable[str]) -> ModelError:
 
 
 def _one_line(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(error)
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

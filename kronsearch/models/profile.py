@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from kronsearch.errors import ModelError
+from kronsearch.errors import ModelError, first_line
 from kronsearch.models.dense import KERNEL_OWNERS, Watched, dense_reasons, watch_forward
 from kronsearch.models.trace_ops import FREE_OPS, HANDLERS
 from kronsearch.sekron.convolution import conv_geometry
@@ -214,5 +214,5 @@ def _as_model_error(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ModelError(f"{what}: {type(error).__name__}{': ' * bool(reason)}{reason}") from error

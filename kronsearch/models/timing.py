@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kronsearch.errors import ModelError
+from kronsearch.errors import ModelError, first_line
 from kronsearch.models.apply import stream
 
 __all__ = [
@@ -136,7 +136,7 @@ def as_model_error(shape: tuple[int, ...]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ModelError(
             f"the network can't run on inputs of shape {shape} ({reason}): pass a smaller batch, and the "
             "input shape that the network was made for"

@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from kronsearch.errors import StudyError
+from kronsearch.errors import StudyError, first_line
 
 __all__ = ["hidden", "open_study"]
 
@@ -66,7 +66,7 @@ def hidden(url: str) -> str:
 
 def _reason(error: BaseException, url: str | None) -> str:
     """Return the first line of an error, without the passwords of the URL, or parts of a wrongly escaped one."""
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     secrets = [found["secret"] for pattern in _SECRETS for found in pattern.finditer(url or "")]
     for secret in secrets:
         for part in (secret, unquote(secret), *re.split("[@:/]", secret)):

@@ -1,7 +1,6 @@
 """The Optuna study: opening and resuming it, what a trial is asked for, and telling what came of it."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,10 +9,11 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from kronsearch.errors import StudyError
+from kronsearch.errors import StudyError, differences
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
+from kronsearch.training.evaluate import within_error
 
 __all__ = [
     "FINISHED",
@@ -86,9 +86,7 @@ class Study:
             raise StudyError(f"{where} is not kronsearch's: pass another --study or --storage")
         if known is None:
             self._study.set_user_attr(_IDENTITY, dict(identity))
-        elif known != dict(identity):
-            differing = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
-            told = "; ".join(f"{key} was {known.get(key)}, is {identity.get(key)}" for key in differing)
+        elif told := differences(known, identity):
             raise StudyError(
                 f"{where} was made with other settings ({told}): "
                 "repeat them to resume it, or pass another --study or --out"
@@ -111,11 +109,7 @@ class Study:
         if not ranked:
             return None
         best, error = sign * _score(ranked[0]), _error(ranked[0])
-        alike = [
-            trial
-            for trial in ranked  # both errors count: that of a score without a fault is zero
-            if sign * _score(trial) - best <= math.hypot(error, _error(trial)) * (1 + 1e-9)
-        ]
+        alike = [trial for trial in ranked if within_error(sign * _score(trial) - best, error, _error(trial))]
         return min(alike, key=lambda trial: trial.value or 0.0)
 
     def ask(self, wanted: int, given: Given) -> Trial | None:

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from kronsearch.training.data import Data, Split
 from kronsearch.training.precision import Precision, eval_mode, forward
 
-__all__ = ["Evaluation", "evaluate", "outputs"]
+__all__ = ["Evaluation", "evaluate", "outputs", "within_error"]
+
+
+def within_error(gap: float, *errors: float) -> bool:
+    """Tell whether two scores this far apart are alike: no farther than the standard error of their difference.
+
+    Args:
+        gap: the difference of the scores.
+        errors: the standard error of each: both count, for that of a score without a fault is zero.
+    """
+    return abs(gap) <= math.hypot(*errors) * (1 + 1e-9)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kronsearch.errors import ModelError
+from kronsearch.errors import ModelError, first_line
 
 __all__ = ["Precision", "eval_mode", "forward", "precision_for"]
 
@@ -40,7 +40,7 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ModelError(
             f"{type(model).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(model)}"
         ) from error

@@ -20,7 +20,7 @@ class Stopped(Exception):  # noqa: N818
 def stopping_at(step):
     def watch(progress):
         if progress.phase == "finetune" and progress.done >= step:
-            raise Stopped
+            raise Stopped("by the test")
 
     return watch
 
@@ -80,7 +80,7 @@ def test_it_brings_the_network_nearer_to_its_teacher(begin, model, plan, data, t
 def test_stopped_and_resumed_it_ends_with_the_same_weights(begin, whole, tmp_path, monkeypatch, step):
     monkeypatch.setattr(loop, "_SAVE_SECONDS", -1.0)  # after each portion
     monkeypatch.setattr(loop, "_TELL", 2)
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match="by the test"):
         begin(tmp_path / "cut", watch=stopping_at(step))
     again = begin(tmp_path / "cut")
     assert not again.was_done

@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kronsearch.plan import save_plan
+
 PROGRAM = Path(__file__).with_name("together.py")
 PATIENCE = 240  # seconds for what takes about fifteen
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, plan):
     """Return the folder in which two processes have left what they had in the end."""
     folder = tmp_path_factory.mktemp("together")
+    save_plan(plan, folder / "plan.json")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         (*torchrun, str(PROGRAM), str(folder)),
@@ -63,7 +66,8 @@ def test_they_learn(folder):
     assert divergence[-1] < divergence[0]
 
 
-def test_without_batch_norms_they_do_what_one_process_does(folder, tmp_path):
+def test_without_batch_norms_they_do_what_one_process_does(folder, plan, tmp_path):
+    save_plan(plan, tmp_path / "plan.json")
     before = torch.get_num_threads()
     runpy.run_path(str(PROGRAM))["main"](tmp_path)
     torch.set_num_threads(before)

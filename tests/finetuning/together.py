@@ -1,4 +1,7 @@
-"""Trains alone, or together where torchrun starts it: python together.py FOLDER. Not a test by itself."""
+"""Trains alone, or together where torchrun starts it: python together.py FOLDER. Not a test by itself.
+
+The folder has the plan.json to train by.
+"""
 
 import sys
 from pathlib import Path
@@ -8,15 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kronsearch as ks
-from kronsearch.plan import Cost, Decomposition, LayerPlan, ModelIdentity, PlanBudget, Provenance, fingerprint
-from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training import finetune
 from kronsearch.training.data import TensorData
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.task import Classification
 from kronsearch.training.team import join
-
-SPEC = SeKronSpec(((8, 1, 3, 1), (1, 8, 1, 3)), (3,))
 
 
 class Plain(nn.Module):
@@ -57,26 +56,11 @@ def tiny_data() -> TensorData:
     return TensorData(splits, spec="tiny", seed=0, task=task, mean=(0.4, 0.5), std=(0.2, 0.3), pad=1, flip=True)
 
 
-def plan() -> ks.Plan:
-    layers = {"body.0": LayerPlan(kernel_shape=(8, 8, 3, 3), spec=SPEC)}
-    return ks.Plan(
-        model=ModelIdentity(spec=None, fingerprint=fingerprint(layers)),
-        input_shape=(2, 6, 5),
-        budget=PlanBudget(flops="50%", max_macs=10**6),
-        dense=Cost(macs=2, params=2),
-        compressed=Cost(macs=1, params=1),
-        layers=layers,
-        decomposition=Decomposition(calibration_images=20, batchnorm_images=20, seed=0),
-        predicted_error=0.1,
-        provenance=Provenance(versions={}, seed=0),
-    )
-
-
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     finetune.precision_for = lambda device: "float32"
-    data, dense = tiny_data(), network(Plain)
-    small = ks.apply_plan(dense, plan(), data)
+    data, dense, plan = tiny_data(), network(Plain), ks.load_plan(folder / "plan.json")
+    small = ks.apply_plan(dense, plan, data)
     settings = TrainSettings(epochs=3, batch_size=13, lr=0.01, label_weight=0.5)  # 13 is an odd number
     team, device = join("cpu")
     if not team.leads:
@@ -88,8 +72,8 @@ def main(folder: Path) -> None:
     save_file({name: tensor.detach() for name, tensor in kept.items()}, folder / f"plain-{team.rank}.safetensors")
 
     options = {"epochs": 3, "batch_size": 13, "lr": 0.01, "out": folder / f"out-{team.size}"}
-    result = ks.finetune(network(Normalised), plan(), data, **options)
-    again = ks.finetune(network(Normalised), plan(), data, **options)
+    result = ks.finetune(network(Normalised), plan, data, **options)
+    again = ks.finetune(network(Normalised), plan, data, **options)
     assert again.was_done
     for name, found in (("first", result), ("again", again)):
         kept = found.model.state_dict() | {"told": torch.tensor([found.compressed.metric, found.compressed.loss])}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kronsearch.training.evaluate import evaluate, outputs
+from kronsearch.training.evaluate import evaluate, outputs, within_error
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 500])
@@ -65,3 +65,9 @@ def test_teacher_outputs_of_another_subset_are_an_error(make_data, make_network)
     data, network = make_data(), make_network()
     with pytest.raises(ValueError, match="12 teacher outputs for 5 examples"):
         evaluate(network, data, "val", limit=5, teacher_outputs=outputs(network, data, "val"))
+
+
+@pytest.mark.parametrize(("gap", "alike"), [(0.5, True), (-0.5, True), (0.500001, False), (-0.500001, False)])
+def test_scores_are_alike_within_the_error_of_their_difference(gap, alike):
+    assert within_error(gap, 0.3, 0.4) is alike
+    assert within_error(0.0, 0.0, 0.0)
