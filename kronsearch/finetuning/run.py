@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from kronsearch.errors import TrainingError
+from kronsearch.errors import TrainingError, first_line
 from kronsearch.files import make_folder
 from kronsearch.finetuning.loop import CHECKPOINT, COMPRESSED, Loop
 from kronsearch.finetuning.record import Record, Row, read_record
@@ -25,6 +25,7 @@ from kronsearch.models.apply import (
 )
 from kronsearch.models.checkpoint import fingerprint_weights, load_state_dict
 from kronsearch.plan import Plan, load_plan
+from kronsearch.search.finish import tested
 from kronsearch.search.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.score import Scorer
 from kronsearch.training.blocks import block_names
@@ -164,7 +165,7 @@ class _Run:
             record = self._train(trainer, record, plan)
         weights = load_state_dict(self.out / COMPRESSED, wrapped=False) if self.team.leads else {}
         small.load_state_dict(self.team.from_leader(weights))
-        dense, compressed = self._test(small)
+        dense, compressed = tested(self.dense, small, self.data, self.device, lambda done: self._tell("test", done, 2))
         log = pd.DataFrame([row.model_dump() for row in record.log], columns=list(Row.model_fields))
         return FinetuneResult(plan, small, dense, compressed, log, was_done, self.out)
 
@@ -201,7 +202,7 @@ class _Run:
         try:
             trainer.restore(state)
         except (KeyError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise TrainingError(
                 f"{self.out / CHECKPOINT} can't be resumed from ({reason}): pass another --out"
             ) from error
@@ -220,15 +221,6 @@ class _Run:
             out=self.out if self.team.leads else None,
             tell=lambda step, best, words: self._tell("finetune", step, trainer.total_steps, words, best=best),
         ).run()
-
-    def _test(self, small: nn.Module) -> list[Evaluation]:
-        """Evaluate the dense and the compressed network on the test split."""
-        found = []
-        for done, network in enumerate((self.dense, small)):
-            self._tell("test", done, 2)
-            found.append(evaluate(network, self.data, "test", device=self.device))
-        self._tell("test", 2, 2)
-        return found
 
     def _tell(self, phase: Phase, done: int, total: int, message: str = "", *, best: float | None = None) -> None:
         self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best))

@@ -128,13 +128,15 @@ def _parts(lineups: Sequence[Lineup]) -> Iterator[list[Lineup]]:
 
 def _layers(dense: Mapping[str, nn.Module], lineup: Lineup, inputs: Tensor) -> dict[str, nn.Module]:
     """Return the factorised layers of a line-up, in the memory layout of the inputs."""
-    images = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
-    generator = stream(0, _FACTORS)
-    layers: dict[str, nn.Module] = {}
-    for name, spec in lineup.items():
-        layer = random_layer(dense[name], spec, generator)
-        layers[name] = layer.to(memory_format=torch.channels_last) if images else layer
+    layers = _random_layers(dense, lineup)
+    if inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last):
+        return {name: layer.to(memory_format=torch.channels_last) for name, layer in layers.items()}
     return layers
+
+
+def _random_layers(dense: Mapping[str, nn.Module], lineup: Lineup) -> dict[str, nn.Module]:
+    generator = stream(0, _FACTORS)
+    return {name: random_layer(dense[name], spec, generator) for name, spec in lineup.items()}
 
 
 def random_layer(layer: nn.Module, spec: SeKronSpec, generator: torch.Generator) -> SeKronLayer:
@@ -155,6 +157,4 @@ def random_layer(layer: nn.Module, spec: SeKronSpec, generator: torch.Generator)
 
 def random_network(network: nn.Module, lineup: Lineup) -> nn.Module:
     """Return a copy of a dense network with random factorised layers, which takes the time of any with their shapes."""
-    generator = stream(0, _FACTORS)
-    layers = {name: random_layer(network.get_submodule(name), spec, generator) for name, spec in lineup.items()}
-    return replace_layers(network, layers)
+    return replace_layers(network, _random_layers({name: network.get_submodule(name) for name in lineup}, lineup))

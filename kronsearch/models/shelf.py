@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from kronsearch.errors import CheckpointError
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
 
-__all__ = ["Shelf"]
+__all__ = ["Shelf", "versions"]
 
 _KEY = "key"
 
@@ -52,6 +53,11 @@ class Shelf:
         if self.folder is None:
             return None
         return self.folder / f"{kind}-{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that all that is computed here depends on."""
+    return {name: version(name) for name in ("kronsearch", "torch")}
 
 
 def _text(key: Mapping[str, Any]) -> str:

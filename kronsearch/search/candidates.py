@@ -19,7 +19,7 @@ from kronsearch.sekron.shapes import Structure, cp_sequence, factor_pairs, holds
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tables import ErrorTable, cp_table, pair_tables
 
-__all__ = ["Candidates", "UnitCost", "layer_candidates", "pareto", "sequences"]
+__all__ = ["Candidates", "UnitCost", "at_rank", "layer_candidates", "pareto", "sequences"]
 
 _LARGEST_GRAM = 4096  # side of the Gram matrix of two factors: beyond, one sequence of hundreds takes minutes
 
@@ -74,8 +74,7 @@ class Candidates:
         """Return a candidate's spec, None for the dense layer."""
         if self.rank[index] == 0:
             return None
-        unit = self.sequences[int(self.sequence[index])]
-        return replace(unit, ranks=(int(self.rank[index]), *unit.ranks[1:]))
+        return at_rank(self.sequences[int(self.sequence[index])], int(self.rank[index]))
 
     def structures(self) -> NDArray[np.object_]:
         """Return each candidate's kind of structure, (count,)."""
@@ -105,6 +104,11 @@ class Candidates:
         """Return the chosen candidates, given by index or mask."""
         columns = ("sequence", "rank", "macs", "params", "error", *(() if self.latency is None else ("latency",)))
         return replace(self, **{column: getattr(self, column)[chosen] for column in columns})
+
+
+def at_rank(unit: SeKronSpec, rank: int) -> SeKronSpec:
+    """Return a sequence of ranks 1 with another R_1."""
+    return replace(unit, ranks=(rank, *unit.ranks[1:]))
 
 
 def sequences(

@@ -3,17 +3,17 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from kronsearch.models.profile import ModelCost
-from kronsearch.search.candidates import Candidates
+from kronsearch.search.candidates import Candidates, at_rank
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["Group", "Ratio", "at_rank", "deal", "digest", "groups_of"]
+__all__ = ["Group", "Ratio", "deal", "digest", "groups_of"]
 
 _RANKS = 4  # of a sequence that are measured, at the most
 
@@ -110,11 +110,6 @@ def deal(wanted: Iterable[tuple[Group, SeKronSpec]]) -> list[dict[str, tuple[Gro
                 lineups.append({})
             lineups[turn][group.layers[layer]] = (group, spec)
     return lineups
-
-
-def at_rank(unit: SeKronSpec, rank: int) -> SeKronSpec:
-    """Return a sequence of ranks 1 with another R_1."""
-    return replace(unit, ranks=(rank, *unit.ranks[1:]))
 
 
 def digest(spec: SeKronSpec) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from optuna.trial import FrozenTrial
 from torch import nn
 
@@ -14,9 +15,10 @@ from kronsearch.plan import Plan, Score, parse_plan
 from kronsearch.search.score import Scorer
 from kronsearch.search.study import PLAN, SCORE
 from kronsearch.training.data import Data
+from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.finetune import StepReport
 
-__all__ = ["final_plan", "finish", "is_done"]
+__all__ = ["final_plan", "finish", "is_done", "tested"]
 
 
 def final_plan(best: FrozenTrial, study: str, data: Data | None) -> Plan:
@@ -66,3 +68,15 @@ def finish(
         )
     if path is not None:
         save_compressed(small, plan, path, epochs=epochs)
+
+
+def tested(
+    dense: nn.Module, small: nn.Module, data: Data, device: torch.device | str, tell: Callable[[int], None]
+) -> tuple[Evaluation, Evaluation]:
+    """Evaluate the dense and the compressed network on the test split; `tell` is called with how many are done."""
+    tell(0)
+    first = evaluate(dense, data, "test", device=device)
+    tell(1)
+    second = evaluate(small, data, "test", device=device)
+    tell(2)
+    return first, second

@@ -4,7 +4,6 @@ import hashlib
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from kronsearch.models.apply import calibrate
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.models.profile import LayerCost, ModelCost
-from kronsearch.models.shelf import Shelf
+from kronsearch.models.shelf import Shelf, versions
 from kronsearch.plan import Decomposition
 from kronsearch.search.candidates import Candidates, layer_candidates
 from kronsearch.search.space import SearchSpace
@@ -58,7 +57,7 @@ def measure(
         "images": settings.calibration_images,
         "seed": settings.seed,
         "device": torch.device(device).type,
-        "versions": _versions(),
+        "versions": versions(),
     }
     key = {**origin, "layers": names}
     kept = shelf.get("moments", key)
@@ -122,7 +121,7 @@ def _candidates(kernel: Tensor, cost: LayerCost, space: SearchSpace, prepared: P
         "calls": [list(call) for call in cost.calls],
         "space": space.model_dump(mode="json", exclude={"keep_dense"}),
         "metric": None if metric is None else prepared.origin,
-        "versions": _versions(),
+        "versions": versions(),
     }
     kept = shelf.get("table", key)
     if kept is not None and (found := _from_tensors(kept, cost)) is not None:
@@ -189,7 +188,3 @@ def _metrics(
             return None
         metrics[name] = Metric(Moments(parts["inputs"], parts.get("outputs"), parts.get("mean")))
     return metrics
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("kronsearch", "torch")}

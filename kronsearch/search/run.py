@@ -20,7 +20,7 @@ from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Plan, save_plan
 from kronsearch.search.decode import Problem
 from kronsearch.search.draft import Draft
-from kronsearch.search.finish import final_plan, finish, is_done
+from kronsearch.search.finish import final_plan, finish, is_done, tested
 from kronsearch.search.pace import Pace
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.progress import Phase, PhaseClock, Watcher, ignore
@@ -33,7 +33,7 @@ from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.trial import outcome, score
 from kronsearch.training.data import Data
-from kronsearch.training.evaluate import Evaluation, evaluate
+from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.finetune import StepReport
 
 __all__ = ["SearchResult", "search"]
@@ -309,12 +309,7 @@ class _Run:
         """Evaluate the dense and the compressed network on the test split."""
         if self.data is None:
             return None, None
-        found = []
-        for done, network in enumerate((self.dense, small)):
-            self.subject.tell("test", done, 2)
-            found.append(evaluate(network, self.data, "test", device=self.device))
-        self.subject.tell("test", 2, 2)
-        return found[0], found[1]
+        return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
 
     def _tell_final(self, report: StepReport) -> None:
         self.subject.tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import kronsearch.sekron
 from kronsearch.models.bench import Timing, bench
 from kronsearch.models.latency import Lineup, random_network, time_lineups
 from kronsearch.models.profile import ModelCost
-from kronsearch.models.shelf import Shelf
+from kronsearch.models.shelf import Shelf, versions
 from kronsearch.models.timing import LAYOUTS, Layout, Network, as_model_error, device_name, random_inputs, threads_set
 from kronsearch.plan import Latency
 from kronsearch.search.candidates import Candidates
@@ -97,7 +96,7 @@ class Stopwatch:
         self._device, self._shelf, self._tell = torch.device(device), shelf, tell
         self._machine: dict[str, Any] = {
             "device": device_name(self._device),
-            "versions": {name: version(name) for name in ("kronsearch", "torch")},
+            "versions": versions(),
             "code": _digest_of_code(),
             "batch": setting.batch,
             "threads": setting.threads,

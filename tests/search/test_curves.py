@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronsearch.search.candidates import Candidates
-from kronsearch.search.curves import Group, Ratio, at_rank, deal, digest, groups_of
+from kronsearch.search.candidates import Candidates, at_rank
+from kronsearch.search.curves import Group, Ratio, deal, digest, groups_of
 from kronsearch.sekron import SeKronSpec
 
 SPATIAL = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (1,))
