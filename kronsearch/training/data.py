@@ -84,8 +84,8 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         """Return uint8 (N, C, H, W) normalised, on the same device, in the channels_last layout."""
         mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.mean, self.std))
-        scale = (1 / (255 * std)).to(images.device, torch.float32)
-        shift = (-mean / std).to(images.device, torch.float32)
+        scale = to_device((1 / (255 * std)).to(torch.float32), images.device)
+        shift = to_device((-mean / std).to(torch.float32), images.device)
         return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
 
 
@@ -167,13 +167,13 @@ class TensorData(Data):
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, _, height, width = images.shape
         if self.pad:
-            corners = torch.randint(2 * self.pad + 1, (2, count), generator=generator).to(images.device)
+            corners = to_device(torch.randint(2 * self.pad + 1, (2, count), generator=generator), images.device)
             padded = F.pad(images, (self.pad,) * 4)
             windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (N, C, 2 pad + 1, 2 pad + 1, H, W)
             images = windows[torch.arange(count, device=images.device), :, corners[0], corners[1]]
         if self.flip:
-            mirrored = (torch.rand(count, generator=generator) < 0.5).view(-1, 1, 1, 1).to(images.device)
-            images = torch.where(mirrored, images.flip(3), images)
+            mirrored = to_device(torch.rand(count, generator=generator) < 0.5, images.device)
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 
 
