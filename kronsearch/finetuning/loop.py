@@ -100,7 +100,7 @@ class Loop:
         """Score the network as it stands, keep it if it is the best, and log that."""
         # with the running statistics of batch norms: re-estimated ones were no better (0.0546 against 0.0544 of
         # divergence for ResNet-20 at a third of the MACs after one epoch)
-        small = self.trainer.model
+        small = self.trainer.result
         found, kept = self.scorer.validate(small), self.record.kept
         self._check(report, found.metric, found.loss, found.divergence or 0.0)
         better = supersedes(

@@ -2,9 +2,8 @@
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -35,9 +34,10 @@ from kronsearch.training.finetune import Trainer
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 from kronsearch.training.team import Team, join
 
-__all__ = ["FinetuneResult", "finetune"]
+__all__ = ["FinetuneResult", "finetune", "long_settings"]
 
 _BATCHES = 31  # stream of random numbers
+_AVERAGING = 0.998  # decay of the average of weights
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a compressed network with the dense one as its teacher; called again likewise, it resumes.
 
-    The student learns the teacher's outputs and, where shapes agree, those of its blocks (see `TrainSettings`). After
-    each epoch it is scored on the validation split. The best so far is in `compressed.safetensors` (see
-    `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune that is resumed from
+    The student learns the teacher's outputs and, where shapes agree, those of its blocks, on mixtures of the training
+    examples (see `TrainSettings`). After each epoch the average of its weights is scored on the validation split. The
+    best so far is in `compressed.safetensors` (see `kronsearch.finetuning.loop.supersedes`), all scores are in
+    `log.csv`. A fine-tune that is resumed from
     `checkpoint.safetensors` ends with the weights that it would have had.
 
     Started by `torchrun`, the processes train together: each takes its share of every batch of `batch_size`, and the
@@ -106,8 +107,7 @@ def finetune(
         KronsearchError: of another kind, where plan, network and data don't go together.
     """
     team, own_device = join(device)
-    steps = total_steps(_settings(epochs=epochs, batch_size=batch_size), data.size("train"))
-    settings = _settings(epochs=epochs, batch_size=batch_size, lr=lr or default_rate(steps), label_weight=label_weight)
+    settings = long_settings(data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight)
     run = _Run(model, start, data, settings, Path(out), own_device, seed, team, watch if team.leads else ignore)
     return run.to_the_end()
 
@@ -226,9 +226,18 @@ class _Run:
         self.watch(Progress(phase=phase, done=done, total=total, message=message, best=best))
 
 
-def _settings(**given: Any) -> TrainSettings:
+def long_settings(
+    data: Data, *, epochs: float, lr: float | None = None, batch_size: int = 128, label_weight: float = 0.0
+) -> TrainSettings:
+    """Return how `finetune` trains, given its arguments.
+
+    Raises:
+        TrainingError: they make no sense.
+    """
     try:
-        return TrainSettings(**given)
+        settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight)
+        settings = replace(settings, mixing=True, averaging=_AVERAGING)
+        return replace(settings, lr=lr or default_rate(total_steps(settings, data.size("train"))))
     except ValueError as error:
         raise TrainingError(str(error)) from error
 

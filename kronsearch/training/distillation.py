@@ -10,20 +10,27 @@ from kronsearch.training.precision import Precision, eval_mode, forward
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.task import Task
 
-__all__ = ["teacher_outputs", "training_loss"]
+__all__ = ["Labels", "teacher_outputs", "training_loss"]
+
+Labels = Sequence[tuple[float, Tensor]]
+"""Targets of a batch with the part of each input that they hold for; the parts add up to 1."""
 
 
 def training_loss(
-    outputs: Tensor, targets: Tensor, wanted: Tensor | None, task: Task, settings: TrainSettings
+    outputs: Tensor, labels: Labels, wanted: Tensor | None, task: Task, settings: TrainSettings
 ) -> Tensor:
     """Return the loss of a batch without that of the blocks; the task's own where there is no teacher (None)."""
     if wanted is None:
-        return task.loss(outputs, targets)
+        return _label_loss(outputs, labels, task)
     heat = settings.temperature
     loss = (1 - settings.label_weight) * heat**2 * task.divergence(outputs / heat, wanted / heat)
     if settings.label_weight > 0:
-        loss = loss + settings.label_weight * task.loss(outputs, targets)
+        loss = loss + settings.label_weight * _label_loss(outputs, labels, task)
     return loss
+
+
+def _label_loss(outputs: Tensor, labels: Labels, task: Task) -> Tensor:
+    return torch.stack([share * task.loss(outputs, targets) for share, targets in labels]).sum()
 
 
 def teacher_outputs(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.sekron.convolution import kernels_formed
+from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import feature_distance, recorded_outputs
 from kronsearch.training.data import Data
-from kronsearch.training.distillation import teacher_outputs, training_loss
+from kronsearch.training.distillation import Labels, teacher_outputs, training_loss
 from kronsearch.training.optimizer import make_optimizer, moments, restore_moments
 from kronsearch.training.precision import forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
@@ -71,12 +72,18 @@ class Trainer:
         self._optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._runner = team.wrapped(model, self._device)
+        self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def result(self) -> nn.Module:
+        """The network as training leaves it at this step: the average where there is one, else the model."""
+        return self.model if self._average is None else self._average.model
 
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
@@ -98,27 +105,37 @@ class Trainer:
             rate = learning_rate(self.settings, self.step, self.total_steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            batch, seed = self._batches.take()
-            examples += len(batch[0])
-            (inputs, targets), part = self._team.share(batch)
+            (inputs, targets), seed = self._batches.take()
+            examples += len(inputs)
+            inputs, labels = self._mixed(inputs, targets, seed)
+            own, part = self._team.share(len(inputs))
             with _own_randomness(seed + self._team.rank, self._device):
-                loss = part * self._loss(inputs, targets)
+                loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
                 self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             loss_sum += loss.detach()
             self.step += 1
+            if self._average is not None:
+                self._average.update(self.step)
         # .item() waits for the device, so it goes before the clock.
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
         speed = examples / (time.perf_counter() - started)
         return StepReport(self.step, self.total_steps, mean_loss, rate, speed)
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _mixed(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Labels]:
+        """Return a batch as it is learnt from: with what part of it each label holds for."""
+        if not self.settings.mixing or not inputs.is_floating_point():
+            return inputs, [(1.0, targets)]
+        share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+        return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
+
+    def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
         wanted, features_wanted = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._watched)
         with kernels_formed(self.model), recorded_outputs(self.model, self._watched) as features:
             outputs = forward(self._runner, inputs, self._precision)
-        loss = training_loss(outputs, targets, wanted, self._task, self.settings)
+        loss = training_loss(outputs, labels, wanted, self._task, self.settings)
         if features_wanted:
             loss = loss + self.settings.feature_weight * feature_distance(features, features_wanted)
         return loss
@@ -129,8 +146,9 @@ class Trainer:
         return {
             "generator": start,
             "place": torch.tensor([self.step, taken]),
-            **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
-            **{f"optimizer/{name}": tensor for name, tensor in moments(self._optimizer, self.model).items()},
+            **_named("model/", self.model.state_dict()),
+            **_named("optimizer/", moments(self._optimizer, self.model)),
+            **({} if self._average is None else _named("average/", self._average.model.state_dict())),
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -142,9 +160,15 @@ class Trainer:
         if not 0 <= taken <= step <= self.total_steps:
             raise ValueError(f"step {step} of {self.total_steps}, {taken} of it in its epoch, is no place")
         self.model.load_state_dict(_part(state, "model/"))
+        if self._average is not None:
+            self._average.model.load_state_dict(_part(state, "average/"))
         restore_moments(self._optimizer, self.model, _part(state, "optimizer/"))
         self.step = step
         self._batches.go_to(state["generator"], taken)
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -24,6 +24,11 @@ class TrainSettings:
     teacher the label weight is 1 and the others are 0. `weight_decay` holds for tensors of two or more dimensions; each
     of the S factors of a kernel has an S-th of it, so that the kernel decays as a dense one does.
     Gradients are scaled down to a norm of at most `clip_norm`.
+
+    With `mixing`, every batch of floating inputs is mixed with itself in reverse order, in shares that are drawn anew
+    for each batch (mixup: Zhang et al., 2018): of a teacher that knows its training images by heart there is more to
+    learn between them (Beyer et al., 2022). With `averaging` > 0 the weights' exponential average of that decay is what
+    training results in.
     """
 
     epochs: float
@@ -35,6 +40,8 @@ class TrainSettings:
     temperature: float = 4.0
     feature_weight: float = 10.0
     clip_norm: float = 1.0
+    mixing: bool = False
+    averaging: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0 < self.epochs < math.inf and self.batch_size > 0 and self.lr > 0 and self.clip_norm > 0):
@@ -43,6 +50,8 @@ class TrainSettings:
             raise ValueError(f"temperature must be positive: {self}")
         if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1):
             raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1]: {self}")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging must be in [0, 1): {self}")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.feature_weight < math.inf):
             raise ValueError(f"weight_decay and feature_weight must be finite and not negative: {self}")
 

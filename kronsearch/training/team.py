@@ -11,7 +11,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kronsearch.errors import DataError
-from kronsearch.training.data import Batch
 
 __all__ = ["ALONE", "Team", "join", "joined"]
 
@@ -35,15 +34,12 @@ class Team:
         """Whether this process is the one that writes and tells."""
         return self.rank == 0
 
-    def share(self, batch: Batch) -> tuple[Batch, float]:
-        """Return this process's part of a batch, and what its mean loss counts in the average over the processes."""
-        if self.size == 1:
-            return batch, 1.0
-        inputs, targets = batch
-        if len(inputs) < self.size:
-            raise DataError(f"a batch of {len(inputs)} has nothing for each of {self.size} processes: use fewer")
-        own = slice(self.rank * len(inputs) // self.size, (self.rank + 1) * len(inputs) // self.size)
-        return (inputs[own], targets[own]), (own.stop - own.start) * self.size / len(inputs)
+    def share(self, count: int) -> tuple[slice, float]:
+        """Return this process's part of so many examples, and what its mean loss counts in the average over all."""
+        if count < self.size:
+            raise DataError(f"a batch of {count} has nothing for each of {self.size} processes: use fewer")
+        own = slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        return own, (own.stop - own.start) * self.size / count
 
     def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return what averages gradients when it is run and its loss differentiated; at first all get rank 0's weights.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kronsearch.training import finetune as finetune_module
+from kronsearch.training.batches import Batches
 from kronsearch.training.evaluate import evaluate, outputs
 from kronsearch.training.finetune import Trainer, finetune, finetune_steps
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
@@ -200,7 +201,8 @@ def test_stopping_early_leaves_a_usable_model(make_data, make_network):
 def test_from_its_state_a_training_goes_on_to_the_same_weights(monkeypatch, make_data, make_network, step, precision):
     """The state is taken within an epoch of three steps, and between two."""
     monkeypatch.setattr(finetune_module, "precision_for", lambda device: precision)
-    data, settings = make_data(), TrainSettings(epochs=3, batch_size=10, lr=0.02)
+    data = make_data()
+    settings = TrainSettings(epochs=3, batch_size=10, lr=0.02, mixing=True, averaging=0.9)
 
     def trainer(network, seed):
         options = {"teacher": make_network(1), "blocks": ["conv"], "generator": seeded(seed)}
@@ -217,8 +219,58 @@ def test_from_its_state_a_training_goes_on_to_the_same_weights(monkeypatch, make
         assert resumed.step == step
         resumed.advance(9)
         assert resumed.step == resumed.total_steps == 9
+    assert any(name.startswith("average/") for name in whole.state())
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[name]), name
+
+
+def test_a_mixed_batch_is_learnt_from_in_the_shares_of_its_labels(make_data, make_network):
+    """The loss of one step against the same written out."""
+    data, settings = make_data(), TrainSettings(epochs=1, batch_size=10, mixing=True, label_weight=0.3)
+    network, teacher = make_network(0), make_network(1)
+    (inputs, targets), seed = Batches(data, 10, generator=seeded()).take()
+    share = torch.rand((), generator=seeded(seed)).item()
+    mixed = share * inputs + (1 - share) * inputs.flip(0)
+    with torch.no_grad():
+        found, wanted = copy.deepcopy(network).train()(mixed), teacher(mixed)
+        labels = share * F.cross_entropy(found, targets) + (1 - share) * F.cross_entropy(found, targets.flip(0))
+        softened = F.kl_div((found / 4).log_softmax(1), (wanted / 4).softmax(1), reduction="batchmean")
+    with Trainer(network, data, settings, teacher=teacher.eval(), generator=seeded()) as trainer:
+        report = trainer.advance(1)
+    assert report.loss == pytest.approx((0.3 * labels + 0.7 * 16 * softened).item(), rel=1e-4)
+
+
+def test_what_is_no_image_is_not_mixed(make_data, make_network):
+    with Trainer(
+        make_network(), make_data(), TrainSettings(epochs=1, batch_size=10, mixing=True), generator=seeded()
+    ) as trainer:
+        tokens, targets = torch.arange(6).view(3, 2), torch.arange(3)
+        inputs, [(share, told)] = trainer._mixed(tokens, targets, 0)
+    assert inputs is tokens
+    assert told is targets
+    assert share == 1
+
+
+def test_with_averaging_the_result_is_the_average_of_the_weights(make_data, make_network):
+    data, settings = make_data(), TrainSettings(epochs=2, batch_size=10, lr=0.02, averaging=0.3)
+    network = make_network()
+    wanted = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    with Trainer(network, data, settings, generator=seeded()) as trainer:
+        for step in range(1, 7):
+            trainer.advance(1)
+            decay = min(0.3, step / (step + 9))
+            for name, tensor in network.state_dict().items():
+                wanted[name] = decay * wanted[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+        assert trainer.result is not network
+        assert not any(module.training for module in trainer.result.modules())
+        for name, tensor in trainer.result.state_dict().items():
+            torch.testing.assert_close(tensor.double(), wanted[name].double(), msg=name)
+
+
+def test_without_averaging_the_result_is_the_model(make_data, make_network):
+    network = make_network()
+    with Trainer(network, make_data(), TrainSettings(epochs=1, batch_size=10), generator=seeded()) as trainer:
+        assert trainer.result is network
 
 
 def test_frozen_parameters_stay(make_data, make_network):
@@ -249,6 +301,7 @@ def test_bf16_trains_too(monkeypatch, make_data, make_network):
         ({"epochs": 1, "warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"epochs": 1, "label_weight": 1.5}, r"label_weight in \[0, 1\]"),
         ({"epochs": float("nan")}, "must be positive"),
+        ({"epochs": 1, "averaging": 1.0}, r"averaging must be in \[0, 1\)"),
     ],
 )
 def test_senseless_settings_are_errors(settings, message):

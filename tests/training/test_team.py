@@ -7,22 +7,21 @@ from kronsearch.training.team import ALONE, Team, join, joined
 
 @pytest.mark.parametrize(("examples", "size"), [(8, 2), (13, 2), (7, 3), (3, 3)])
 def test_the_shares_make_up_the_batch_and_their_weighed_means_its_mean(examples, size):
-    inputs, targets = torch.randn(examples, 4, generator=torch.Generator().manual_seed(0)), torch.arange(examples)
-    shares = [Team(rank, size).share((inputs, targets)) for rank in range(size)]
-    assert torch.equal(torch.cat([batch[0] for batch, _ in shares]), inputs)
-    assert torch.equal(torch.cat([batch[1] for batch, _ in shares]), targets)
-    mean = sum(part * batch[0].mean() for batch, part in shares) / size
+    inputs = torch.randn(examples, 4, generator=torch.Generator().manual_seed(0))
+    shares = [Team(rank, size).share(examples) for rank in range(size)]
+    assert torch.equal(torch.cat([inputs[own] for own, _ in shares]), inputs)
+    mean = sum(part * inputs[own].mean() for own, part in shares) / size
     torch.testing.assert_close(mean, inputs.mean())
 
 
 def test_a_batch_that_is_too_small_for_all_is_an_error():
     with pytest.raises(DataError, match="a batch of 2 has nothing for each of 3 processes"):
-        Team(0, 3).share((torch.zeros(2, 1), torch.zeros(2)))
+        Team(0, 3).share(2)
 
 
 def test_alone_nothing_is_shared():
-    batch, model, value = (torch.zeros(2), torch.zeros(2)), torch.nn.Linear(2, 2), torch.ones(())
-    assert ALONE.share(batch) == (batch, 1.0)
+    model, value = torch.nn.Linear(2, 2), torch.ones(())
+    assert ALONE.share(2) == (slice(0, 2), 1.0)
     assert ALONE.wrapped(model, torch.device("cpu")) is model
     assert ALONE.average(value) is value
     assert ALONE.from_leader("word") == "word"
