@@ -222,11 +222,16 @@ def evaluation(result: "Evaluation", *, metric: str, split: str) -> RenderableTy
 def latency(timings: "list[Timing]") -> RenderableType:
     """Return how long dense and compressed network take, whole and by layer, for each batch and number of threads."""
     tables: dict[str, Table] = {}
+    memory: dict[str, str] = {}
     for timing in timings:
         setting = f"batch {timing.batch}, threads {timing.threads}"
         layouts = f"dense {timing.dense_layout}, compressed {timing.compressed_layout}"
         columns = ("dense ms", "compressed ms", "speed-up", "quartiles", "pairs")
-        table = tables.setdefault(f"{setting}; {layouts}", _table("layer", numbers=columns))
+        heading = f"{setting}; {layouts}"
+        table = tables.setdefault(heading, _table("layer", numbers=columns))
+        if timing.dense_bytes is not None and timing.compressed_bytes is not None:
+            before, after = (size / 2**20 for size in (timing.dense_bytes, timing.compressed_bytes))
+            memory[heading] = f"peak memory: dense {before:.2f} MiB, compressed {after:.2f} MiB"
         table.add_row(
             one_line(timing.layer or "(the whole network)"),
             f"{timing.dense_ms:.4g}",
@@ -235,7 +240,11 @@ def latency(timings: "list[Timing]") -> RenderableType:
             f"{timing.speedup_low:.2f}–{timing.speedup_high:.2f}",
             str(timing.pairs),
         )
-    parts = [part for setting, table in tables.items() for part in (Text(setting), table)]
+    parts: list[RenderableType] = []
+    for heading, table in tables.items():
+        parts += [Text(heading), table]
+        if heading in memory:
+            parts.append(Text(memory[heading]))
     note = "Medians of runs that took turns, each network in the layout it is faster in. Below 1× it got slower."
     return Group(*parts, Text(note))
 

@@ -174,6 +174,11 @@ def test_timings_are_told_by_setting():
     assert text.count("batch 1, threads 2; ") == 1
     assert row(text, "(the whole network)") == ["(the whole network)", "3", "2", "1.50×", "1.25–1.75", "9"]
     assert row(text, "a.b")[1:] == row(text, "c")[1:]
+    assert "memory" not in text
+    text = printed(
+        latency([replace(whole, dense_bytes=3 * 2**20, compressed_bytes=2**19), replace(whole, layer="a.b")])
+    )
+    assert text.count("peak memory: dense 3.00 MiB, compressed 0.50 MiB\n") == 1
 
 
 def test_the_gain_of_a_search_is_told():

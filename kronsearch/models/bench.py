@@ -1,7 +1,4 @@
-"""How long the dense and the compressed network take on this machine: paired runs, whole and by replaced layer.
-
-Memory isn't told: a process sees its own peak only, in which both networks and what the allocator keeps are mixed.
-"""
+"""How long the dense and the compressed network take on this machine, and how much memory."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError
 from kronsearch.files import replacing
+from kronsearch.models.memory import peak_memory
 from kronsearch.models.timing import Clock, Layout, Network, Run, as_model_error, paired, random_inputs, threads_set
 from kronsearch.sekron.layers import SeKronLayer
 
@@ -40,6 +38,8 @@ class Timing:
         pairs: how many.
         dense_layout: the memory layout that the dense network is faster in, and was timed in.
         compressed_layout: likewise.
+        dense_bytes: of the whole network and a run of it (see `peak_memory`); None for a layer.
+        compressed_bytes: likewise.
     """
 
     layer: str
@@ -53,6 +53,8 @@ class Timing:
     pairs: int
     dense_layout: Layout
     compressed_layout: Layout
+    dense_bytes: int | None = None
+    compressed_bytes: int | None = None
 
 
 def bench(
@@ -71,7 +73,8 @@ def bench(
 
     For each batch and number of threads, each network is first run in either memory layout and then timed in the one
     that it is faster in. Dense and compressed take turns, so that what else the machine does falls on both. The layers
-    are timed likewise, on the inputs that they have in their network. Inputs are random; the networks aren't changed.
+    are timed likewise, on the inputs that they have in their network. Memory is measured in a run of its own. Inputs
+    are random; the networks aren't changed.
 
     Args:
         dense: the network.
@@ -118,8 +121,12 @@ def _timings(
         network.faster_layout(inputs, seconds / 4, clock=clock) for network in (dense, compressed)
     )
     told = {"dense_layout": our_layout, "compressed_layout": their_layout}
+    memory = {
+        "dense_bytes": peak_memory(dense.copies[our_layout], dense.lay_out(our_layout, inputs)),
+        "compressed_bytes": peak_memory(compressed.copies[their_layout], compressed.lay_out(their_layout, inputs)),
+    }
     ours, theirs = dense.run(our_layout, inputs), compressed.run(their_layout, inputs)
-    yield {"layer": "", **_summary(paired(ours, theirs, seconds, inputs.device, clock=clock)), **told}
+    yield {"layer": "", **_summary(paired(ours, theirs, seconds, inputs.device, clock=clock)), **told, **memory}
     large, small = dense.copies[our_layout], compressed.copies[their_layout]
     names = [name for name, module in small.named_modules() if isinstance(module, SeKronLayer)]
     our_calls, their_calls = _calls(large, names, ours), _calls(small, names, theirs)

@@ -64,6 +64,13 @@ def test_the_network_and_each_replaced_layer_at_each_setting(networks):
         assert min(found.dense_ms, found.compressed_ms) > 0
         assert found.speedup_low <= found.speedup <= found.speedup_high
         assert {found.dense_layout, found.compressed_layout} <= {"contiguous", "channels_last"}
+        sizes = [sum(p.nbytes for p in network.parameters()) for network in networks]
+        if found.layer:
+            assert found.dense_bytes is found.compressed_bytes is None
+        else:  # the outputs of two convolutions, at the least
+            outputs = 2 * found.batch * 8 * 36 * 4
+            assert found.dense_bytes >= sizes[0] + outputs
+            assert found.compressed_bytes >= sizes[1] + outputs
     assert [t.layer for t in timed(networks, layers=False, batches=(1, 2))] == ["", ""]
 
 
@@ -171,7 +178,7 @@ def test_a_shape_that_the_network_does_not_take_is_one_line(networks):
 
 def test_timings_are_written_whole(tmp_path):
     timings = [
-        Timing(layer, 1, 2, 3.0, 2.0, 1.5, 1.25, 1.75, 9, "contiguous", "channels_last") for layer in ("", "a.b")
+        Timing(layer, 1, 2, 3.0, 2.0, 1.5, 1.25, 1.75, 9, "contiguous", "channels_last", 8, 7) for layer in ("", "a.b")
     ]
     save_timings(timings, tmp_path / "new" / "t.csv")
     table = pd.read_csv(tmp_path / "new" / "t.csv", keep_default_na=False)
