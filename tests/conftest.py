@@ -1,6 +1,9 @@
 """What the tests share."""
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
 
 from kronsearch.plan import (
@@ -19,6 +22,10 @@ from kronsearch.sekron.spec import SeKronSpec
 # The same examples each time, and no deadline: a busy machine is no error.
 settings.register_profile("kronsearch", derandomize=True, deadline=None)
 settings.load_profile("kronsearch")
+
+# A process for each core: threads of several would wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
 

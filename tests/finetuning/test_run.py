@@ -8,9 +8,11 @@ import torch
 import kronsearch as ks
 from kronsearch.errors import CheckpointError, TrainingError
 from kronsearch.finetuning import loop
+from kronsearch.finetuning.run import long_settings
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
 from kronsearch.training.evaluate import evaluate, outputs
+from kronsearch.training.schedule import default_rate
 
 
 class Stopped(Exception):  # noqa: N818
@@ -36,11 +38,7 @@ def begin(model, plan, data):
 @pytest.fixture(scope="module")
 def whole(begin, tmp_path_factory):
     """A fine-tune of 15 steps, 6 of them an epoch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = begin(tmp_path_factory.mktemp("whole"))
-    torch.set_num_threads(before)
-    return found
+    return begin(tmp_path_factory.mktemp("whole"))
 
 
 def rows(folder):
@@ -63,6 +61,15 @@ def test_it_logs_each_epoch_and_keeps_the_best(whole, model, plan, data):
     assert whole.dense == evaluate(model, data, "test")
     assert whole.plan.compressed.params < whole.plan.dense.params == sum(p.numel() for p in model.parameters())
     assert list(whole.log["step"]) == [6, 12, 15]
+
+
+def test_long_runs_are_on_mixtures(data):
+    short, long = (long_settings(data, epochs=steps / 6, batch_size=10) for steps in (2999, 3000))
+    assert not short.mixing
+    assert long.mixing
+    assert short.averaging == long.averaging > 0
+    assert short.lr < long.lr == default_rate(3000)
+    assert long_settings(data, epochs=1, lr=0.5).lr == 0.5
 
 
 def test_it_brings_the_network_nearer_to_its_teacher(begin, model, plan, data, tmp_path):
