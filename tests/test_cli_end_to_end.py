@@ -30,8 +30,7 @@ ENDED = ("COMPLETE", "PRUNED")
 
 def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
-    # a network this small gains nothing by more threads, and where the cores are busy they wait for each other
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         (*PROGRAM, *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
     )

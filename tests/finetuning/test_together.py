@@ -25,7 +25,7 @@ def folder(tmp_path_factory, plan):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
         (*torchrun, str(PROGRAM), str(folder)),
-        env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -68,9 +68,7 @@ def test_they_learn(folder):
 
 def test_without_batch_norms_they_do_what_one_process_does(folder, plan, tmp_path):
     save_plan(plan, tmp_path / "plan.json")
-    before = torch.get_num_threads()
     runpy.run_path(str(PROGRAM))["main"](tmp_path)
-    torch.set_num_threads(before)
     alone, together = load_file(tmp_path / "plain-0.safetensors"), both(folder, "plain")[0]
     start = runpy.run_path(str(PROGRAM))["network"](runpy.run_path(str(PROGRAM))["Plain"]).state_dict()
     for name, tensor in alone.items():
