@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron.execution import Geometry, Stage
-from kronsearch.sekron.inference import across, along, crosses, is_channels_last, spread
+from kronsearch.sekron.inference import Step, across, along, crosses, is_channels_last
 from kronsearch.sekron.layers import Conv, SeKronLayer, to_dense
-from kronsearch.sekron.layout import Layout, plan_layout
+from kronsearch.sekron.layout import plan_layout
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 
@@ -159,24 +159,25 @@ class SeKronConv(SeKronLayer):
             data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self._run_dense(data) if self.forms_kernel else self.run(data)
 
-    def _infer(self, data: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         if data.device.type != "cpu" or data.ndim != 4:
-            return super()._infer(data, factors)
+            return super()._infer(data, tensors)
         last = is_channels_last(data)
         if not last and not self._crosses:
-            return super()._infer(data, factors)
+            return super()._infer(data, tensors)
         if last and not self._stays_last:
-            return super()._infer(data.contiguous(), factors).contiguous(memory_format=torch.channels_last)
-        bias = self.bias if self._bias_in_stage else None
-        weights = self._kept_weights(factors, self._last_layout)
-        if last:
-            return self._with_bias(along(data, self.stages, self._last_layout, weights, bias, self._stage))
-        return self._with_bias(across(data, self.stages, weights, bias, self._stage))
+            return super()._infer(data.contiguous(), tensors).contiguous(memory_format=torch.channels_last)
+        for step in self._keep(tensors, along if last else across, self._last_steps if last else self._cross_steps):
+            data = step(data)
+        return self._with_bias(data)
 
-    def _packed(self, weights: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-        if layout is not self._last_layout:
-            return super()._packed(weights, layout)
-        return [spread(*one) for one in zip(self.stages, layout.views, weights, strict=True)]
+    def _last_steps(self) -> list[Step]:
+        weights = self._weights(tuple(self.factors), self._last_layout)
+        return list(along(self.stages, self._last_layout, weights, self.bias if self._bias_in_stage else None))
+
+    def _cross_steps(self) -> list[Step]:
+        weights = self._weights(tuple(self.factors), self._last_layout)
+        return list(across(self.stages, weights, self.bias if self._bias_in_stage else None))
 
     def _run_dense(self, data: Tensor) -> Tensor:
         """Convolve with the kernel, formed in the factors' own precision."""
@@ -185,8 +186,8 @@ class SeKronConv(SeKronLayer):
             kernel = self.kernel
         return self._convolve(data, kernel, self.bias, self.geometry, self.geometry.groups)
 
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:
-        return self._convolve(data, weight, bias, stage.geometry, stage.groups * times)
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(data, weight, bias, stage.geometry, stage.groups)
 
     def _convolve(self, data: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
         convolve = type(self).convolve

@@ -14,6 +14,7 @@ stage has as many more groups; all other stages do the same to every group, as t
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from kronsearch.errors import SpecError
@@ -80,11 +81,16 @@ class Stage:
     extent: tuple[int, ...]
     geometry: Geometry
 
-    @property
+    @cached_property  # asked for at every call of a layer
     def pointwise(self) -> bool:
         """Whether it is a convolution that does the same at every position, and nothing between them."""
         still = all(n == 1 for n in (*self.extent, *self.geometry.stride)) and not any(map(sum, self.geometry.padding))
         return still and bool(self.extent)
+
+    @cached_property
+    def product(self) -> bool:
+        """Whether it is one product of matrices: pointwise and of one group."""
+        return self.pointwise and self.groups == 1
 
     def outputs(self, output_size: Sequence[int]) -> int:
         """Return the number of its outputs for one example with this many output positions on each axis."""

@@ -84,23 +84,25 @@ class SeKronLayer(nn.Module):
     def run(self, data: Tensor) -> Tensor:
         """Run all stages on data (examples, in channels, *positions), and add the bias."""
         factors = [f for f in self.factors._parameters.values() if f is not None]  # the list takes ten times as long
-        if not self.training and may_keep(factors):
-            return self._infer(data, factors)
+        if not self.training:
+            bias = self._parameters["bias"]
+            if may_keep(tensors := factors if bias is None else [*factors, bias]):
+                return self._infer(data, tensors)
         self._forget()
         return self._walk(data, self._weights(factors, self._layout))
 
-    def _infer(self, data: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Do the same in eval mode without gradients."""
-        return self._walk(data, self._kept_weights(factors, self._layout))
+    def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Do the same in eval mode without gradients; the parameters are the factors, and the bias behind them."""
+        return self._walk(data, self._keep(tensors, None, self._contiguous_weights))
 
-    def _kept_weights(self, factors: Sequence[Tensor], layout: Layout) -> Sequence[Tensor]:
-        if self._kept is None or not self._kept.fit(factors, layout):
-            self._kept = Kept.of(factors, layout, lambda: self._packed(self._weights(factors, layout), layout))
-        return self._kept.weights
+    def _keep(self, tensors: Sequence[Tensor], way: object, form: Callable[[], Sequence[Any]]) -> tuple[Any, ...]:
+        """Return what was formed of the parameters to run in this way, formed anew only if they have changed."""
+        if self._kept is None or not self._kept.fit(tensors, way):
+            self._kept = Kept.of(tensors, way, form)
+        return self._kept.formed
 
-    def _packed(self, weights: Sequence[Tensor], layout: Layout) -> list[Tensor]:  # noqa: ARG002
-        """Lay weights out in memory as the stages want them, who would copy them at each call otherwise."""
-        return [weight.contiguous() for weight in weights]
+    def _contiguous_weights(self) -> list[Tensor]:
+        return [weight.contiguous() for weight in self._weights(tuple(self.factors), self._layout)]
 
     def _forget(self) -> None:
         """Drop the weights that are kept."""
@@ -156,8 +158,8 @@ class SeKronLayer(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @abstractmethod
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:
-        """Run one stage on data (batch, groups · group_in, *positions), in so many times its groups."""
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run one stage on data (batch, groups · group_in, *positions)."""
 
     def extra_repr(self) -> str:
         """Show the spec beside the geometry."""
@@ -219,7 +221,7 @@ class SeKronLinear(SeKronLayer):
         rows = self.run(data.reshape(-1, data.shape[-1]))
         return rows.reshape(*data.shape[:-1], rows.shape[-1])
 
-    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None, times: int = 1) -> Tensor:  # noqa: ARG002
+    def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if stage.groups == 1:
             return F.linear(data, weight, bias)
         inputs = data.reshape(data.shape[0], stage.groups, stage.group_in).transpose(0, 1)

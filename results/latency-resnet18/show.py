@@ -71,7 +71,7 @@ def main() -> None:
     pd.DataFrame(wholes).to_csv(options.out / "networks.csv", index=False)
     pd.DataFrame(layers).to_csv(options.out / "layers.csv", index=False)
     stopwatch = subject.stopwatch(Setting(options.batch[0], options.threads))
-    table = pd.DataFrame(_predictions(stopwatch, candidates, options.plans))
+    table = pd.DataFrame(_predictions(subject, stopwatch, candidates, options.plans))
     table.to_csv(options.out / "predictions.csv", index=False)
     errors = (table["predicted"] / table["measured"] - 1).abs()
     rank = spearmanr(table["predicted"], table["measured"])[0]
@@ -133,27 +133,41 @@ def _lines(rows: list[dict[str, object]], *, lifted: bool) -> str:
     return f"\n{title}{let_go}: {1 / float(str(whole['speedup'])):.1%} of the dense latency\n{told.to_string()}"
 
 
-def _predictions(stopwatch: Stopwatch, candidates: list[Candidates], count: int) -> Iterator[dict[str, float]]:
-    """Yield predicted and measured parts of the dense latency for random plans, which are large and small ones."""
+def _predictions(
+    subject: Subject, stopwatch: Stopwatch, candidates: list[Candidates], count: int
+) -> Iterator[dict[str, float]]:
+    """Yield predicted and measured parts of the dense latency for random plans, from small ones to large ones.
+
+    Each layer of a plan is a random one of its candidates whose part of the dense layer's latency is within 0.15 of the
+    plan's size, the nearest one where there is none.
+    """
     generator = np.random.default_rng(0)
     timed = stopwatch.timed(candidates, keep_slower=False)
-    for size in np.linspace(0.15, 1.0, count):
+    for size in np.linspace(0.1, 1.0, count):
         specs: dict[str, SeKronSpec] = {}
         nanoseconds = stopwatch.nanoseconds
         for layer in timed:
             assert layer.latency is not None
-            parts = layer.latency / layer.latency[0]
-            near = np.flatnonzero(np.abs(parts - size) <= 0.25)
-            index = int(generator.choice(near)) if len(near) else 0
+            far = np.abs(layer.latency / layer.latency[0] - size)
+            index = int(generator.choice(np.flatnonzero(far <= max(0.15, far.min()))))
             nanoseconds -= int(layer.latency[0] - layer.latency[index])
             if (spec := layer.spec(index)) is not None:
                 specs[layer.name] = spec
-        measured = stopwatch.compare(specs)
+        (timing,) = ks.bench(
+            subject.dense,
+            random_network(subject.dense, specs),
+            input_shape=SHAPE,
+            batches=(stopwatch.setting.batch,),
+            threads=(stopwatch.setting.threads,),
+            seconds=SECONDS / 3,
+            layers=False,
+        )
         yield {
+            "size": float(size),
             "predicted": nanoseconds / stopwatch.nanoseconds,
-            "measured": measured.ratio,
-            "low": measured.ratio_low,
-            "high": measured.ratio_high,
+            "measured": 1 / timing.speedup,
+            "low": 1 / timing.speedup_high,
+            "high": 1 / timing.speedup_low,
         }
 
 

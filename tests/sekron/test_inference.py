@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec
 from kronsearch.sekron.convolution import conv_geometry, kernels_formed
@@ -96,6 +97,8 @@ def optimiser_step(layer, images, **options):
         pytest.param(lambda layer, _: setattr(layer.factors[0], "data", layer.factors[0].data * 2), id="data"),
         pytest.param(lambda layer, _: layer.factors.__setitem__(1, nn.Parameter(layer.factors[1] * 2)), id="parameter"),
         pytest.param(lambda layer, _: (layer.factors[0].data.mul_(2), layer.eval()), id="data and eval"),
+        pytest.param(lambda layer, _: layer.bias.detach().mul_(2), id="bias in place"),
+        pytest.param(lambda layer, _: setattr(layer, "bias", nn.Parameter(layer.bias * 2)), id="another bias"),
     ],
 )
 def test_no_change_of_the_factors_is_missed(layer, images, change):
@@ -224,3 +227,26 @@ def test_a_linear_layer_keeps_its_weights_too():
             torch.testing.assert_close(infer(layer, rows), expected, rtol=1e-10, atol=1e-10)
         assert layer._kept is not None
         fill(layer, 2 + seed)
+
+
+def operations(layer: nn.Module, images: torch.Tensor) -> list[str]:
+    """Return the convolutions and products of matrices that a layer runs, in their order."""
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    infer(layer, images)
+    with Listening():
+        infer(layer, images)
+    return [name for name in seen if name in ("convolution", "mm", "addmm", "bmm", "clone", "copy_")]
+
+
+def test_pointwise_stages_are_products_and_nothing_is_copied(images):
+    layer = SeKronConv2d(SeKronSpec(CP, (5, 1)), conv_geometry(CONV), dtype=torch.float64).eval()
+    fill(layer, 0)
+    last = images.to(memory_format=torch.channels_last)
+    assert operations(layer, last) == ["mm", "convolution", "addmm"]
+    assert operations(layer, images) == ["bmm", "convolution", "bmm"]
