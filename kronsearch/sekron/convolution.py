@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron.execution import Geometry, Stage
+from kronsearch.sekron.forming import form_kernels
 from kronsearch.sekron.inference import Step, across, along, crosses, is_channels_last
 from kronsearch.sekron.layers import Conv, SeKronLayer, to_dense
 from kronsearch.sekron.layout import plan_layout
@@ -67,7 +68,7 @@ class SeKronConv(SeKronLayer):
     axes: ClassVar[int]
     dense_class: ClassVar[type[Conv]]
     convolve: ClassVar[Callable[..., Tensor]]
-    forms_kernel = False  # see kernels_formed
+    _formed: Tensor | None = None  # see kernels_formed
 
     def __init__(
         self,
@@ -157,7 +158,9 @@ class SeKronConv(SeKronLayer):
         if self.geometry.padded_first:
             widths = [n for pair in reversed(self.geometry.padding) for n in pair]
             data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        return self._run_dense(data) if self.forms_kernel else self.run(data)
+        if self._formed is None:
+            return self.run(data)
+        return self._convolve(data, self._formed, self.bias, self.geometry, self.geometry.groups)
 
     def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         if data.device.type != "cpu" or data.ndim != 4:
@@ -178,13 +181,6 @@ class SeKronConv(SeKronLayer):
     def _cross_steps(self) -> list[Step]:
         weights = self._weights(tuple(self.factors), self._last_layout)
         return list(across(self.stages, weights, self.bias if self._bias_in_stage else None))
-
-    def _run_dense(self, data: Tensor) -> Tensor:
-        """Convolve with the kernel, formed in the factors' own precision."""
-        self._forget()
-        with torch.autocast(data.device.type, enabled=False):
-            kernel = self.kernel
-        return self._convolve(data, kernel, self.bias, self.geometry, self.geometry.groups)
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(data, weight, bias, stage.geometry, stage.groups)
@@ -225,17 +221,21 @@ def conv_like(conv: Conv) -> type[SeKronConv]:
 
 @contextmanager
 def kernels_formed(model: nn.Module) -> Iterator[None]:
-    """Let the factorised convolutions of a model form their kernels and run as dense ones, with the same outputs.
+    """Form the kernels of a model's factorised convolutions, which then run as dense ones, with the same outputs.
 
     That is what batches are trained on: forming a kernel costs as much as a few positions of one example, gradients
     reach the factors through it, and no outputs of stages have to be kept. A training step of ResNet-32 at half the
     MACs takes half the time, for the stages' depthwise convolutions have slow gradients.
+
+    The kernels are those of the factors at the start, with gradients if they are enabled then, for one backward pass.
     """
-    layers = [module for module in model.modules() if isinstance(module, SeKronConv) and not module.forms_kernel]
-    for layer in layers:
-        layer.forms_kernel = True
+    layers = [module for module in model.modules() if isinstance(module, SeKronConv) and module._formed is None]
+    factors = [[f for f in layer.factors._parameters.values() if f is not None] for layer in layers]
+    for layer, kernel in zip(layers, form_kernels([layer.spec for layer in layers], factors), strict=True):
+        layer._forget()
+        layer._formed = kernel
     try:
         yield
     finally:
         for layer in layers:
-            layer.forms_kernel = False
+            layer._formed = None

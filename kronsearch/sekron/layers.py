@@ -155,7 +155,7 @@ class SeKronLayer(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_formed")}
 
     @abstractmethod
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

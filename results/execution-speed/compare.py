@@ -177,6 +177,9 @@ def main(seconds: float) -> None:
     for (kind, batch, layout, name), values in ratios.items():
         if name != "ours":
             print(f"| {kind} | {batch} | {layout} | {name} | {statistics.median(values):.2f} | {min(values):.2f} |")
+    for kind, name in dict.fromkeys((kind, name) for kind, _, _, name in ratios if name != "ours"):
+        every = [ratio for key, values in ratios.items() if (key[0], key[3]) == (kind, name) for ratio in values]
+        print(f"| {kind} | both | both | {name} | {statistics.median(every):.2f} | {min(every):.2f} |")
 
 
 if __name__ == "__main__":

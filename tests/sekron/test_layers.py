@@ -579,6 +579,17 @@ def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch
     assert len(weights) == 2
 
 
+def test_formed_kernels_are_there_only_inside_and_not_in_copies():
+    layer = SeKronConv2d.from_conv(nn.Conv2d(4, 6, 3), SeKronSpec(((6, 1, 1, 1), (1, 4, 3, 3)), (3,)))
+    with kernels_formed(layer):
+        formed = layer._formed
+        with kernels_formed(nn.Sequential(layer)):
+            assert layer._formed is formed
+        assert layer._formed is formed
+        assert copy.deepcopy(layer)._formed is None
+    assert layer._formed is None
+
+
 def test_groups_that_the_first_factor_does_not_hold_are_refused():
     spec = SeKronSpec(((4, 1, 1, 1), (2, 2, 3, 3)), (1,))
     SeKronConv2d.from_conv(small_conv(groups=2), spec)
