@@ -123,3 +123,12 @@ def test_what_is_over_the_budget_is_told_as_constraints(problem, pace):
 def test_decoders_by_their_names():
     assert isinstance(new_decoder("allocate"), Allocate)
     assert isinstance(new_decoder("direct"), Direct)
+
+
+def test_a_layer_that_can_only_stay_dense_has_one_candidate_at_every_place(problem):
+    only = problem.candidates[0].take(np.array([0]))
+    stuck = replace(problem, candidates=[only, *problem.candidates[1:]])
+    names = [layer.name for layer in stuck.candidates]
+    for where in (0.0, 0.3, 1.0):
+        assert place(stuck, dict.fromkeys(names, where)).chosen[0] == 0
+    assert places(stuck, place(stuck, dict.fromkeys(names, 1.0)))[only.name] == 0.0
