@@ -54,6 +54,12 @@ InputShape = Annotated[
     Words, typer.Option("--input-shape", metavar="3,224,224", help="Sizes of one example, if there are no data")
 ]
 Space = Annotated[Words, typer.Option("--space", metavar="NAME|FILE", help="Search space [default: default]")]
+Sensitivity = Annotated[
+    Words,
+    typer.Option(
+        "--sensitivity", metavar="NAME", help="measured, fisher, inputs, absolute or plain [default: measured]"
+    ),
+]
 Out = Annotated[Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-out]")]
 Cache = Annotated[
     Words, typer.Option("--cache", metavar="DIR", help="Statistics and error tables to share [default: OUT/cache]")
@@ -93,6 +99,15 @@ def run(
     latency_threads: LatencyThreads = None,
     allow_slower: AllowSlower = False,
     space: Space = None,
+    decoder: Annotated[
+        Words,
+        typer.Option("--decoder", metavar="NAME", help="What trials decide: allocate or direct [default: allocate]"),
+    ] = None,
+    sampler: Annotated[
+        Words,
+        typer.Option("--sampler", metavar="NAME", help="What proposes it: gp, tpe, cmaes or random [default: gp]"),
+    ] = None,
+    sensitivity: Sensitivity = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
     timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
     storage: Annotated[
@@ -135,6 +150,7 @@ def sweep(
     latency_threads: LatencyThreads = None,
     allow_slower: AllowSlower = False,
     space: Space = None,
+    sensitivity: Sensitivity = None,
     out: Out = None,
     cache: Cache = None,
     device: Device = None,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
+from kronsearch.choices import DecoderName, SamplerName, SensitivityName
 from kronsearch.errors import KronsearchError
 from kronsearch.yamlfile import read_yaml
 
@@ -96,6 +97,9 @@ class Settings(BaseModel):
     latency_threads: Annotated[int, Field(ge=1), AfterValidator(_no_more_than_cores)] = 1
     allow_slower: bool = False
     space: str = "default"
+    decoder: DecoderName = "allocate"
+    sampler: SamplerName = "gp"
+    sensitivity: SensitivityName = "measured"
     trials: Annotated[int, Field(ge=1)] = 20
     timeout: Annotated[float, BeforeValidator(_seconds)] | None = None
     storage: str | None = None

@@ -21,6 +21,7 @@ _PHASES: "dict[Phase, str]" = {
     "profile": "measuring the model",
     "calibrate": "gathering statistics of activations",
     "tables": "error tables of layers",
+    "sensitivity": "sensitivities of layers",
     "latency": "timing candidates",
     "budgets": "budgets",
     "trials": "trials",

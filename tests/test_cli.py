@@ -84,6 +84,7 @@ def test_options_reach_the_search(calls):
         *("--budget-latency", "70%", "--latency-batch", "8", "--latency-threads", "1", "--allow-slower"),
         *("--trials", "3", "--timeout", "2m", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
         *("--cache", "kept", "--seed", "5", "--final-epochs", "0.5", "--device", "cpu", "--quiet"),
+        *("--decoder", "direct", "--sampler", "random", "--sensitivity", "fisher"),
     )
     assert calls.load_model == ("m:f", "w.pt", {"a": 1})
     assert calls.load_data == ("digits", 5)
@@ -96,6 +97,9 @@ def test_options_reach_the_search(calls):
         "latency_batch": 8,
         "latency_threads": 1,
         "allow_slower": True,
+        "decoder": "direct",
+        "sampler": "random",
+        "sensitivity": "fisher",
         "trials": 3,
         "timeout": 2 * 60.0,
         "space": "spatial",
@@ -130,6 +134,7 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
         *("sweep", "--model", "m:f", "--model-args", '{"a": 1}', "--weights", "w.pt", "--data", "digits"),
         *("--budget-flops", "25%:90%:20", "--space", "spatial", "--out", "there", "--cache", "kept", "--seed", "5"),
         *("--input-shape", "1,8,8", "--device", "cpu", "--quiet", "--budget-latency", "5ms", "--latency-batch", "2"),
+        *("--sensitivity", "absolute"),
     )
     assert calls.load_model == ("m:f", "w.pt", {"a": 1})
     [(args, options)] = swept
@@ -142,6 +147,7 @@ def test_options_reach_the_sweep(calls, plan, monkeypatch):
         "latency_batch": 2,
         "latency_threads": 1,
         "allow_slower": False,
+        "sensitivity": "absolute",
         "space": "spatial",
         "out": "there",
         "cache": "kept",

@@ -117,6 +117,9 @@ def test_model_arguments_that_are_no_object(config, written):
         ("final_epochs", -0.5, "greater than or equal to 0"),
         ("seconds", 0.0, "greater than 0"),
         ("device", "tpu", "'cpu' or 'cuda'"),
+        ("decoder", "both", "'allocate' or 'direct'"),
+        ("sampler", "grid", "'gp', 'tpe', 'cmaes' or 'random'"),
+        ("sensitivity", "none", "'measured', 'fisher', 'inputs', 'absolute' or 'plain'"),
         ("split", "train", "'test' or 'val'"),
     ],
 )

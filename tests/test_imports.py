@@ -22,13 +22,14 @@ LINE = (
     "finetuning",
     "cli",
 )  # each may import itself and what stands before it
-COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "plan")
+COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "choices", "plan")
 COMMON_MAY_IMPORT = {
     "errors": (),
     "files": ("kronsearch.errors",),
     "yamlfile": ("kronsearch.errors",),
     "usercode": (),
     "budget": ("kronsearch.errors",),
+    "choices": ("kronsearch.errors",),
     "plan": ("kronsearch.errors", "kronsearch.files", "kronsearch.sekron.spec"),
 }
 OWNERS = {  # third parties that only these may import

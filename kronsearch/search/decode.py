@@ -71,6 +71,12 @@ class Problem:
         return [kind for kind in Structure if kind in present]
 
     @property
+    def dense(self) -> dict[str, int]:
+        """What the dense network costs, by the names of `Limits`; the latency where candidates have one."""
+        dense = {"macs": self.cost.macs, "params": self.cost.params}
+        return dense if self.latency is None else {**dense, "latency": self.latency}
+
+    @property
     def bounds(self) -> Limits:
         """What the allocation keeps: the budgets, and the dense network's cost where there is none."""
         return replace(  # a network that is smaller in one cost is not to grow in the other
@@ -85,11 +91,9 @@ class Problem:
         Raises:
             BudgetError: the budget can't be reached.
         """
-        dense = {"macs": self.cost.macs, "params": self.cost.params}
-        if self.latency is not None:
-            dense["latency"] = self.latency
         fixed = {
-            name: cost - sum(int(layer.costs[name][0]) for layer in self.candidates) for name, cost in dense.items()
+            name: cost - sum(int(layer.costs[name][0]) for layer in self.candidates)
+            for name, cost in self.dense.items()
         }
         return allocate([self._choices(layer, weighing) for layer in self.candidates], self.bounds, fixed=fixed)
 

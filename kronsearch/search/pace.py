@@ -118,6 +118,13 @@ class Pace:
                 break
         return None
 
+    def checked(self, problem: Problem, allocation: Allocation) -> tuple[Allocation, Latency | None] | None:
+        """Return what `allocate` does for an allocation that stands: None if it was measured to miss the budget."""
+        if not self.bounded:
+            return allocation, None
+        latency = self.stopwatch.compare(specs_of(problem.candidates, allocation))
+        return (allocation, latency) if self.used(latency) <= 1 else None
+
     def used(self, latency: Latency) -> float:
         """Return which part of the budget was measured to be used, above 1 if it isn't kept."""
         assert self.budget.latency is not None

@@ -1,7 +1,6 @@
-"""What a search measures before its first trial, each piece kept as it is made: metrics, candidates, sensitivities."""
+"""What a search measures before its first trial, each piece kept as it is made: metrics and candidates."""
 
 import hashlib
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -83,11 +82,8 @@ def tabulate(
     *,
     shelf: Shelf,
     tell: Callable[[int, str], None],
-) -> tuple[list[Candidates], dict[str, float]]:
-    """Return the candidates that are of use for each layer, and its sensitivity.
-
-    The sensitivity is what a relative squared error of 1 would cost: the energy of the kernel in its metric, the median
-    of the others' where there is none, 1 where no layer has one.
+) -> list[Candidates]:
+    """Return the candidates that are of use for each layer.
 
     Args:
         dense: the network.
@@ -98,17 +94,15 @@ def tabulate(
         shelf: where tables are kept.
         tell: is called with the number of layers done and the name of the next.
     """
-    candidates, sensitivity = [], {}
+    candidates = []
     for done, name in enumerate(names):
         tell(done, name)
         kernel, metric = dense.get_parameter(f"{name}.weight").detach(), prepared.metrics.get(name)
         candidates.append(_candidates(kernel, cost.layer(name), space, prepared, shelf))
         if metric is not None:
-            sensitivity[name] = max(0.0, metric.energy(kernel))  # below zero by rounding, where inputs are constant
             metric.forget()
     tell(len(names), "")
-    usual = statistics.median(sensitivity.values()) if sensitivity else 1.0
-    return candidates, {name: sensitivity.get(name, usual) for name in names}
+    return candidates
 
 
 def _candidates(kernel: Tensor, cost: LayerCost, space: SearchSpace, prepared: Prepared, shelf: Shelf) -> Candidates:

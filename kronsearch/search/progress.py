@@ -7,7 +7,19 @@ from typing import Literal
 
 __all__ = ["Phase", "PhaseClock", "Progress", "Watcher", "ignore"]
 
-Phase = Literal["profile", "calibrate", "tables", "latency", "budgets", "trials", "final", "apply", "finetune", "test"]
+Phase = Literal[
+    "profile",
+    "calibrate",
+    "tables",
+    "sensitivity",
+    "latency",
+    "budgets",
+    "trials",
+    "final",
+    "apply",
+    "finetune",
+    "test",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,36 +8,30 @@ from typing import Any
 
 import pandas as pd
 import torch
-from optuna.trial import Trial
 from torch import nn
 
-from kronsearch.budget import Budget, Limits
+from kronsearch.budget import Budget
+from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices
 from kronsearch.errors import StudyError
 from kronsearch.files import make_folder, replacing
-from kronsearch.models.apply import apply_plan, load_compressed
-from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Plan, save_plan
-from kronsearch.search.decode import Problem
+from kronsearch.search.decoders import new_decoder
 from kronsearch.search.draft import Draft
-from kronsearch.search.finish import final_plan, finish, is_done, tested
+from kronsearch.search.finish import final_plan
 from kronsearch.search.pace import Pace
-from kronsearch.search.prepare import Prepared
 from kronsearch.search.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.reach import check_reachable
-from kronsearch.search.score import Scorer
+from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study, given_trials, suggest
+from kronsearch.search.study import Study
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
-from kronsearch.search.trial import outcome, score
+from kronsearch.search.work import Work
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
-from kronsearch.training.finetune import StepReport
 
 __all__ = ["SearchResult", "search"]
-
-_PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,9 @@ def search(
     data: Data | None = None,
     *,
     budget: Budget,
+    decoder: DecoderName = "allocate",
+    sampler: SamplerName = "gp",
+    sensitivity: SensitivityName = "measured",
     trials: int = 20,
     timeout: float | None = None,
     space: SearchSpace | str | Path = "default",
@@ -109,6 +105,12 @@ def search(
         model: the trained network; left untouched.
         data: what it was trained on.
         budget: upper bounds on MACs, parameters and latency.
+        decoder: what a trial decides: `allocate`, how errors are weighed in an allocation under the budget; `direct`,
+            each layer's place between its most expensive and its cheapest candidate, which may overstep the budget.
+        sampler: what proposes it: `gp`, `tpe`, `cmaes` (which needs the package of this name) or `random`.
+        sensitivity: what tells how much a layer's error matters: `measured`, how far the outputs change when it alone
+            is replaced; `fisher`, an estimate of that; `inputs`, what the layer itself puts out; `absolute`, its
+            kernel's squared norm; `plain`, nothing. Without data the first three are the last.
         trials: how many finished trials there shall be in the end, pruned ones included.
         timeout: seconds after which no further trial is begun.
         space: a search space, its name, or a YAML file.
@@ -138,6 +140,8 @@ def search(
         raise StudyError(f"{trials} trials are asked for: ask for one at least")
     if final_epochs < 0:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
+    check_choices(decoder=decoder, sampler=sampler, sensitivity=sensitivity)
+    new_sampler(sampler, seed)  # if it can't be had, nothing is begun
     started = time.monotonic()
     folder = None if out is None else Path(out)
     phases = PhaseClock(watch)
@@ -150,17 +154,25 @@ def search(
         seed=seed,
         out=folder,
         cache=cache,
+        sensitivity=sensitivity,
         watch=phases,
     )
     pace = Pace(budget, subject.stopwatch(Setting(latency_batch, latency_threads)), allow_slower)
     limits = pace.limits(subject.cost)
     check_reachable(subject.cost, subject.space, limits)
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
-    run = _Run(subject, limits, draft, pace)
+    run = Work(subject, limits, draft, pace, new_decoder(decoder))
     if storage is None and folder is not None:
         make_folder(folder)
         storage = f"sqlite:///{folder / 'study.db'}"
-    ledger = Study(storage, study or "kronsearch", run.identity, higher_is_better=run.higher_is_better, seed=seed)
+    ledger = Study(
+        storage,
+        study or "kronsearch",
+        {**run.identity, "decoder": decoder, "sampler": sampler, "sensitivity": sensitivity},
+        higher_is_better=run.higher_is_better,
+        seed=seed,
+        sampler=sampler,
+    )
     if folder is not None:
         make_folder(folder)
     wanted = run.wanted(trials)
@@ -169,7 +181,7 @@ def search(
     run.begin(ledger, wanted)
     while (done := len(ledger.finished())) < wanted:
         late = bool(done) and timeout is not None and time.monotonic() - started > timeout
-        trial = None if late else ledger.ask(wanted, given_trials(run.problem))
+        trial = None if late else ledger.ask(wanted, run.decoder.given(run.problem))
         if trial is not None:
             with ledger.at_work(trial):
                 run.trial(ledger, trial, wanted)
@@ -189,130 +201,6 @@ def search(
         _save_table(ledger.table(), folder)
     dense, compressed = run.test(small)
     return SearchResult(plan, small, dense, compressed, ledger.table(), folder, phases.seconds, run.tuning)
-
-
-class _Run:
-    """The state of one search."""
-
-    def __init__(self, subject: Subject, limits: Limits, draft: Draft, pace: Pace) -> None:
-        self.subject, self.limits, self.draft, self.pace = subject, limits, draft, pace
-        self.data, self.dense, self.device = subject.data, subject.dense, subject.device
-        self._scorer: Scorer | None = None
-        self._waited: int | None = None
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.data is not None and self.data.task.higher_is_better
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same when a study is resumed."""
-        return {
-            "model": self.draft.model_spec or type(self.dense).__name__,
-            "weights": fingerprint_weights(self.dense)[:16],
-            "data": None if self.data is None else self.data.fingerprint[:16],
-            "input shape": list(self.subject.cost.input_shape),
-            "budget": str(self.draft.budget),
-            "space": self.draft.space.model_dump_json(),
-            "seed": self.draft.seed,
-            "objective": OBJECTIVE if self.data is not None else "predicted error",
-            **self.pace.identity,
-        }
-
-    def wanted(self, trials: int) -> int:
-        return trials if self.data is not None else 1
-
-    def set_problem(self) -> None:
-        """Measure, decompose, and set what the trials are about."""
-        prepared = self.subject.prepared()
-        candidates, sensitivity = self.subject.tables(prepared)
-        self.problem = self.pace.problem(Problem(self.subject.cost, self.limits, candidates, sensitivity))
-        self._scorer = self._scorer_with(prepared)
-
-    def scorer(self) -> Scorer | None:
-        """Return the one scorer, None without data."""
-        if self._scorer is None and self.data is not None:
-            self._scorer = self._scorer_with(self.subject.prepared())
-        return self._scorer
-
-    @property
-    def tuning(self) -> float:
-        """Seconds in which a network was trained."""
-        return 0.0 if self._scorer is None else self._scorer.tuning
-
-    def _scorer_with(self, prepared: Prepared) -> Scorer | None:
-        if self.data is None:
-            return None
-        return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
-
-    def begin(self, ledger: Study, wanted: int) -> None:
-        """Tell that trials are next."""
-        best = ledger.best()
-        known = None if best is None else best.user_attrs[SCORE]
-        self.subject.tell("trials", len(ledger.finished()), wanted, best=known)
-
-    def wait(self, others: int, done: int, wanted: int) -> None:
-        """Leave other workers time to end their trials; tell so once for each that ends."""
-        if done != self._waited:
-            self._waited = done
-            self.subject.tell("trials", done, wanted, f"waiting for other workers, which run {others}")
-        time.sleep(_PATIENCE)
-
-    def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
-        """Run one trial to its end."""
-        found = self.pace.allocate(self.problem, suggest(trial, self.problem))
-        if found is None:
-            ledger.tell(trial, None)
-            done = len(ledger.finished())
-            self.subject.tell("trials", done, wanted, f"trial {trial.number} missed the budget of latency")
-            return
-        allocation, latency = found
-        plan = self.draft.plan(self.problem, allocation, latency)
-        digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
-        twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
-        for key, attribute in (
-            (PLAN, plan.model_dump_json()),
-            ("digest", digest),
-            ("macs", plan.compressed.macs),
-            ("params", plan.compressed.params),
-            ("predicted_error", plan.predicted_error),
-            ("gap", allocation.gap),
-            *(() if latency is None else (("latency_ms", latency.compressed_ms), ("latency_ratio", latency.ratio))),
-        ):
-            trial.set_user_attr(key, attribute)
-        value = score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
-        if not ledger.tell(trial, value):
-            return
-        best = ledger.best()
-        self.subject.tell(
-            "trials",
-            len(ledger.finished()),
-            wanted,
-            f"trial {trial.number} {outcome(trial, value)}",
-            best=None if best is None else best.user_attrs[SCORE],
-            macs=plan.compressed.macs,
-            params=plan.compressed.params,
-        )
-
-    def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
-        """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
-        path = None if folder is None else folder / "compressed.safetensors"
-        epochs = epochs if self.data is not None else 0.0
-        if path is not None and is_done(path, plan, epochs):
-            return load_compressed(self.dense, path, plan).to(self.device)
-        scorer = self.scorer()
-        small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
-        finish(small, plan, scorer, epochs=epochs, seed=self.draft.seed, path=path, tell=self._tell_final)
-        return small
-
-    def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
-        """Evaluate the dense and the compressed network on the test split."""
-        if self.data is None:
-            return None, None
-        return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
-
-    def _tell_final(self, report: StepReport) -> None:
-        self.subject.tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")
 
 
 def _save_table(table: pd.DataFrame, folder: Path) -> None:

@@ -9,8 +9,9 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError, differences
-from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.sampling import SLOT, new_sampler
 from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 from kronsearch.training.evaluate import within_error
@@ -24,18 +25,14 @@ __all__ = [
     "Given",
     "Identity",
     "Study",
-    "given_trials",
-    "suggest",
     "was_stopped",
 ]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLAN, SCORE, STOPPED = "plan", "score", "stopped"
 OBJECTIVE = "divergence from the dense network"
-_IDENTITY, _SLOT = "identity", "slot"
+_IDENTITY = "identity"
 _UNTOLD = (PLAN, STOPPED, WORKER, BEAT)  # in the table
-_IMPORTANCE, _PRICE = 1.0, 0.7  # bounds of the logarithms: a factor of 2.7 and of 2 either way
-_STARTUP = 6  # trials before the sampler models anything; the first ones are given
 
 Identity = Mapping[str, Any]
 Given = Callable[[int], Mapping[str, float] | None]
@@ -54,9 +51,10 @@ class Study:
     the same moment the one with the lower number has it. The sampler is seeded anew for each trial by its slot, and
     trials that failed tell it nothing, so that a single worker that resumes a study asks what it would have asked.
 
-    It is a Gaussian process, which finds better plans in fewer trials than TPE does. Optuna's knows nothing of pruned
-    trials, and would propose nearly the same again; so a trial that is stopped early is complete for it, with the
-    objective that it had by then, which is a little too high. Only it can't win. Pruned is one without any objective.
+    By default it is a Gaussian process, which finds better plans in fewer trials than TPE does. Optuna's knows nothing
+    of pruned trials, and would propose nearly the same again; so a trial that is stopped early is complete for it, with
+    the objective that it had by then, which is a little too high. Only it can't win. Pruned is one without any
+    objective.
 
     A worker that ends before its trial does leaves it running. Whoever asks next closes it as failed and its slot is
     free again: at once where both are on one machine, after minutes without a sign of life where they aren't.
@@ -67,15 +65,24 @@ class Study:
         identity: what must not differ when it is resumed: model, data, budget, seed, ….
         higher_is_better: the direction of the score; the objective is always minimised.
         seed: of the sampler.
+        sampler: what proposes parameters, see `new_sampler`.
 
     Raises:
         StudyError: the storage can't be opened, or the study was made with another identity.
     """
 
     def __init__(
-        self, storage: str | None, name: str, identity: Identity, *, higher_is_better: bool, seed: int
+        self,
+        storage: str | None,
+        name: str,
+        identity: Identity,
+        *,
+        higher_is_better: bool,
+        seed: int,
+        sampler: SamplerName = "gp",
     ) -> None:
         self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
+        self._sampler = sampler
         self._me, self._lookout = new_worker(), Lookout()
         self._study = open_study(storage, name)
         self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
@@ -124,7 +131,7 @@ class Study:
         """
         while True:
             running = self.others()
-            taken = {trial.user_attrs.get(_SLOT) for trial in [*self.finished(), *running]}
+            taken = {trial.user_attrs.get(SLOT) for trial in [*self.finished(), *running]}
             slot = next((slot for slot in range(wanted) if slot not in taken), None)
             if slot is None:
                 return None
@@ -168,20 +175,18 @@ class Study:
         """Begin the trial of a slot; None if another worker was first."""
         claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
             state=TrialState.RUNNING,
-            user_attrs={_SLOT: slot, WORKER: self._me},
+            user_attrs={SLOT: slot, WORKER: self._me},
             system_attrs={} if given is None else {"fixed_params": dict(given)},  # as `enqueue_trial` has it
         )
         self._study.add_trial(claim)
         states = (*FINISHED, TrialState.RUNNING)
-        rivals = [t for t in self._study.get_trials(deepcopy=False, states=states) if t.user_attrs.get(_SLOT) == slot]
+        rivals = [t for t in self._study.get_trials(deepcopy=False, states=states) if t.user_attrs.get(SLOT) == slot]
         mine = next(t for t in rivals if t.state is TrialState.RUNNING and t.user_attrs.get(WORKER) == self._me)
         if any(rival.number < mine.number for rival in rivals):
             self._close(mine.number, TrialState.FAIL)
             return None
         digest = hashlib.sha256(f"{self.seed}/{slot}".encode()).digest()
-        self._study.sampler = optuna.samplers.GPSampler(
-            n_startup_trials=_STARTUP, seed=int.from_bytes(digest[:4], "big"), deterministic_objective=False
-        )
+        self._study.sampler = new_sampler(self._sampler, int.from_bytes(digest[:4], "big"))
         return Trial(self._study, mine._trial_id)
 
     def _close(self, trial: Trial | int, state: TrialState, value: float | None = None) -> bool:
@@ -206,24 +211,3 @@ def _score(trial: FrozenTrial) -> float:
 def _error(trial: FrozenTrial) -> float:
     """Return the standard error of a trial's score."""
     return float(trial.user_attrs.get("error") or 0.0)
-
-
-def suggest(trial: Trial, problem: Problem) -> Weighing:
-    """Ask the sampler for a weighing."""
-    return Weighing(
-        trust=trial.suggest_float("trust", 0.0, 1.0),
-        curvature=trial.suggest_float("curvature", 0.6, 1.4),
-        importance={
-            group: trial.suggest_float(f"importance/{group}", -_IMPORTANCE, _IMPORTANCE) for group in problem.groups
-        },
-        price={kind: trial.suggest_float(f"price/{kind}", -_PRICE, _PRICE) for kind in problem.structures},
-    )
-
-
-def given_trials(problem: Problem) -> Given:
-    """Return the trials that every study begins with: the plain allocation, then other trust in the sensitivities."""
-    plain = {"curvature": 1.0}
-    plain |= {f"importance/{group}": 0.0 for group in problem.groups}
-    plain |= {f"price/{kind}": 0.0 for kind in problem.structures}
-    first = [{"trust": trust, **plain} for trust in (0.5, 1.0, 0.0)]
-    return lambda index: first[index] if index < len(first) else None

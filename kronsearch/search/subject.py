@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kronsearch.choices import SensitivityName, check_choices
 from kronsearch.errors import ModelError
 from kronsearch.models.profile import profile_model
 from kronsearch.models.shelf import Shelf
@@ -14,6 +15,7 @@ from kronsearch.search.candidates import Candidates
 from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.progress import Phase, Progress, Watcher
 from kronsearch.search.reach import replaceable
+from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.stopwatch import Setting, Stopwatch
 from kronsearch.training.data import Data
@@ -40,6 +42,7 @@ class Subject:
         seed: of everything random.
         out: folder of the results; statistics and tables are kept in `cache` there, where no `cache` is given.
         cache: folder for those.
+        sensitivity: how the layers' sensitivities are had, see `estimated` and `Damage`.
         watch: is told of every step.
 
     Raises:
@@ -57,9 +60,12 @@ class Subject:
         seed: int,
         out: Path | None,
         cache: str | Path | None,
+        sensitivity: SensitivityName,
         watch: Watcher,
     ) -> None:
         self.data, self.device, self.watch = data, device, watch
+        check_choices(sensitivity=sensitivity)
+        self._sensitivity = sensitivity
         self.space = space if isinstance(space, SearchSpace) else load_space(space)
         if cache is None and out is not None:
             cache = out / "cache"
@@ -98,7 +104,7 @@ class Subject:
 
     def tables(self, prepared: Prepared) -> tuple[list[Candidates], dict[str, float]]:
         """Return the candidates that are of use for each layer, and its sensitivity."""
-        return tabulate(
+        candidates = tabulate(
             self.dense,
             self.cost,
             self.names,
@@ -106,6 +112,20 @@ class Subject:
             prepared,
             shelf=self._shelf,
             tell=lambda done, name: self.tell("tables", done, len(self.names), name),
+        )
+        if self.data is None or self._sensitivity != "measured":
+            return candidates, estimated(self._sensitivity, self.dense, self.names, prepared.metrics)
+        damage = Damage(
+            self.dense,
+            self.data,
+            self.cost.macs,
+            prepared,
+            seed=self.settings.seed,
+            shelf=self._shelf,
+            device=self.device,
+        )
+        return candidates, damage.sensitivity(
+            candidates, lambda done, name: self.tell("sensitivity", done, len(candidates), name)
         )
 
     def stopwatch(self, setting: Setting) -> Stopwatch:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kronsearch.budget import Budget, budgets
+from kronsearch.choices import SensitivityName
 from kronsearch.errors import BudgetError
 from kronsearch.files import make_folder, replacing
 from kronsearch.plan import Latency, Plan, PlanBudget, save_plan
@@ -88,6 +89,7 @@ def sweep(
     flops: str | int | None = None,
     params: str | int | None = None,
     latency: str | None = None,
+    sensitivity: SensitivityName = "measured",
     space: SearchSpace | str | Path = "default",
     out: str | Path | None = None,
     cache: str | Path | None = None,
@@ -113,6 +115,7 @@ def sweep(
             `params` has several.
         params: bounds on the number of parameters, likewise.
         latency: bounds on the measured latency, likewise, such as `4ms:8ms:5`.
+        sensitivity: as that of a search.
         space: a search space, its name, or a YAML file.
         out: folder for `front.csv` and `plans/`.
         cache: as that of a search.
@@ -140,6 +143,7 @@ def sweep(
         seed=seed,
         out=folder,
         cache=cache,
+        sensitivity=sensitivity,
         watch=watch,
     )
     cost = subject.cost
@@ -150,9 +154,9 @@ def sweep(
     check_reachable(cost, subject.space, limits[asked[0]])
     if folder is not None:
         make_folder(folder / _PLANS)
-    candidates, sensitivity = subject.tables(subject.prepared())
-    problems = [paces[budget].problem(Problem(cost, limits[budget], candidates, sensitivity)) for budget in asked]
-    total = sum(weight**_PLAIN.trust for weight in sensitivity.values()) or 1.0
+    candidates, weights = subject.tables(subject.prepared())
+    problems = [paces[budget].problem(Problem(cost, limits[budget], candidates, weights)) for budget in asked]
+    total = sum(weight**_PLAIN.trust for weight in weights.values()) or 1.0
     points = []
     allocations = _allocations(problems, [paces[budget] for budget in asked], subject)
     for budget, problem, allocation in zip(asked, problems, allocations, strict=True):

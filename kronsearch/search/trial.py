@@ -1,16 +1,19 @@
 """One trial: its plan is built, fine-tuned briefly, and measured on the validation split."""
 
 import math
+from collections.abc import Mapping
 
 from optuna.trial import FrozenTrial, Trial
 
 from kronsearch.plan import Plan
 from kronsearch.search.score import Scorer
 from kronsearch.search.study import SCORE, STOPPED, was_stopped
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.evaluate import Evaluation
 
-__all__ = ["outcome", "score"]
+__all__ = ["outcome", "overstepped", "score"]
 
+OVER = "over"
 _MEASURED = ("settled", "settled_divergence", SCORE, "error", "divergence", "examples", STOPPED)
 
 
@@ -53,8 +56,26 @@ def score(trial: Trial, plan: Plan, scorer: Scorer | None, twin: FrozenTrial | N
     return _objective(last)
 
 
+def overstepped(trial: Trial, specs: Mapping[str, SeKronSpec], scorer: Scorer | None) -> float | None:
+    """Return the objective of layers that don't keep the budgets together, which can't win and isn't fine-tuned.
+
+    It is the divergence before a fine-tune, which orders plans like that after it; without data nothing is measured.
+    None if it is not finite.
+    """
+    trial.set_user_attr(STOPPED, True)
+    trial.set_user_attr(OVER, max(trial.constraints.values()))
+    if scorer is None:
+        return 0.0
+    settled = scorer.validate(scorer.build(specs))
+    trial.set_user_attr("settled", settled.metric)
+    trial.set_user_attr("settled_divergence", settled.divergence)
+    return _objective(settled) if math.isfinite(_objective(settled)) else None
+
+
 def outcome(trial: Trial, value: float | None) -> str:
     """Return what came of a trial, in a few words; `value` is what `score` returned."""
+    if OVER in trial.user_attrs:
+        return f"is {trial.user_attrs[OVER]:.1%} over a budget"
     if value is None or was_stopped(trial):
         return "pruned"
     divergence = trial.user_attrs.get("divergence")

@@ -16,11 +16,11 @@ import pandas as pd
 import kronsearch as ks
 from kronsearch.models.apply import save_compressed
 from kronsearch.search.decode import Problem
+from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
 from kronsearch.search.progress import ignore
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import load_space
-from kronsearch.search.study import given_trials, suggest
 from kronsearch.search.subject import Subject
 
 
@@ -28,7 +28,15 @@ def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path
     """Draw the plans and score each."""
     model, data = ks.load_model(spec, weights=weights), ks.load_data(f"cifar10:{folder}", seed=0)
     subject = Subject(
-        *(model, data), space="default", input_shape=None, device="cpu", seed=0, out=None, cache="cache", watch=ignore
+        *(model, data),
+        space="default",
+        input_shape=None,
+        device="cpu",
+        seed=0,
+        out=None,
+        cache="cache",
+        sensitivity="fisher",
+        watch=ignore,
     )
     prepared = subject.prepared()
     budget = ks.Budget(flops=flops)
@@ -38,10 +46,10 @@ def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path
     draft = Draft(load_space("default"), budget, subject.settings, 0, spec)
     out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    study.enqueue_trial(dict(given_trials(problem)(0) or {}))
+    study.enqueue_trial(dict(Allocate().given(problem)(0) or {}))
     rows: list[dict[str, object]] = []
     while len(rows) < count:
-        plan = draft.plan(problem, problem.allocate(suggest(study.ask(), problem)))
+        plan = draft.plan(problem, problem.allocate(Allocate().suggest(study.ask(), problem)))
         small = scorer.build(plan.replaced)
         save_compressed(small, plan, out / f"{len(rows):02d}.safetensors")
         settled = scorer.validate(small)

@@ -50,6 +50,7 @@ def main() -> None:
         seed=0,
         out=options.out,
         cache=options.cache,
+        sensitivity="fisher",
         watch=ignore,
     )
     candidates, sensitivity = subject.tables(subject.prepared())

@@ -17,6 +17,7 @@ from kronsearch.plan import Decomposition
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.reach import replaceable
+from kronsearch.search.sensitivity import estimated
 from kronsearch.search.space import load_space
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.evaluate import evaluate
@@ -39,7 +40,8 @@ def main() -> None:
         prepared = Prepared({}, None)  # without data a layer's error counts by its relative size
         if aware:
             prepared = measure(model, data, names, SETTINGS, shelf=NOT_KEPT, device="cpu")
-        candidates, sensitivity = tabulate(model, cost, names, space, prepared, shelf=NOT_KEPT, tell=lambda *_: None)
+        candidates = tabulate(model, cost, names, space, prepared, shelf=NOT_KEPT, tell=lambda *_: None)
+        sensitivity = estimated("fisher", model, names, prepared.metrics)
         tables = time.perf_counter() - started
         for asked in BUDGETS:
             budget = ks.Budget(**asked)

@@ -14,9 +14,9 @@ import optuna
 
 import kronsearch as ks
 from kronsearch.search.decode import Problem
+from kronsearch.search.decoders import Allocate
 from kronsearch.search.progress import ignore
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import given_trials, suggest
 from kronsearch.search.subject import Subject
 from kronsearch.training.evaluate import evaluate, outputs
 
@@ -40,6 +40,7 @@ def main(model: str, weights: str, data: str, budget: str, trials: int, seeds: i
         seed=0,
         out=None,
         cache="cache",
+        sensitivity="fisher",
         watch=ignore,
     )
     prepared = subject.prepared()
@@ -51,7 +52,7 @@ def main(model: str, weights: str, data: str, budget: str, trials: int, seeds: i
     known: dict[tuple[int, ...], float] = {}
 
     def objective(trial: optuna.Trial) -> float:
-        chosen = problem.allocate(suggest(trial, problem)).chosen
+        chosen = problem.allocate(Allocate().suggest(trial, problem)).chosen
         if tuple(chosen) not in known:
             specs = {
                 layer.name: spec
@@ -62,7 +63,7 @@ def main(model: str, weights: str, data: str, budget: str, trials: int, seeds: i
             known[tuple(chosen)] = found.divergence or 0.0
         return known[tuple(chosen)]
 
-    given = given_trials(problem)
+    given = Allocate().given(problem)
     for name in samplers:
         began, ratios = time.monotonic(), {trials // 2: [], trials: []}
         for seed in range(seeds):

@@ -7,7 +7,6 @@ from kronsearch.search.candidates import layer_candidates
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.reach import replaceable
 from kronsearch.search.space import SearchSpace
-from kronsearch.search.study import given_trials
 from kronsearch.sekron import Structure
 
 SPACE = SearchSpace(deep_fits=3)
@@ -68,16 +67,3 @@ def test_a_price_drives_a_structure_out(problem):
         if layer.error[index] > 1e-6
     }
     assert Structure.DEEP not in kinds
-
-
-def test_trial_0_is_the_plain_allocation(problem):
-    given = given_trials(problem)
-    first = given(0)
-    assert first.pop("trust") == Weighing().trust
-    assert first.pop("curvature") == 1.0
-    assert set(first) == {
-        *(f"importance/{group}" for group in problem.groups),
-        *(f"price/{kind}" for kind in problem.structures),
-    }
-    assert set(first.values()) == {0.0}
-    assert given(3) is None

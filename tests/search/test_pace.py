@@ -162,3 +162,23 @@ def test_the_winner_is_measured_unless_it_was(pose, honest, plan):
     timed = replaced.model_copy(update={"latency": "known"})
     assert pace.measured(timed) is taken.measured(timed) is timed
     assert pose(Budget(flops="50%"), honest, allow_slower=True)[0].measured(replaced) is replaced
+
+
+def test_an_allocation_that_stands_is_measured_once_and_let_go_if_it_is_too_slow(pose, honest):
+    pace, plain, timer = pose(Budget(latency="60%"), honest)
+    problem = pace.problem(plain)
+    allocation = problem.allocate(PLAIN)
+    kept, latency = pace.checked(problem, allocation)
+    assert kept is allocation
+    assert latency.ratio <= 0.6
+    dense = replace(allocation, chosen=(0,) * len(problem.candidates))
+    compared = len(timer.compared)
+    assert pace.checked(problem, dense) is None
+    assert len(timer.compared) == compared + 1
+
+
+def test_without_a_budget_of_latency_an_allocation_that_stands_is_not_measured(pose, honest):
+    pace, plain, timer = pose(Budget(flops="50%"), honest, allow_slower=True)
+    allocation = plain.allocate(PLAIN)
+    assert pace.checked(plain, allocation) == (allocation, None)
+    assert not timer.compared

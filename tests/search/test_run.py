@@ -120,14 +120,14 @@ def test_the_summary_and_the_times_are_of_the_trials(found):
     assert (summary.trials, summary.winner) == (2, result.plan.provenance.trial)
     assert summary.best == result.plan.score.value
     assert summary.plain_divergence == result.trials["divergence"][0]
-    assert set(result.seconds) == {"profile", "calibrate", "tables", "trials", "final", "test"}
+    assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "trials", "final", "test"}
     assert 0 < result.tuning < result.seconds["trials"] + result.seconds["final"]
 
 
 def test_every_phase_is_told_in_order(found):
     _, told = found
     phases = list(dict.fromkeys(step.phase for step in told))
-    assert phases == ["profile", "calibrate", "tables", "trials", "final", "test"]
+    assert phases == ["profile", "calibrate", "tables", "sensitivity", "trials", "final", "test"]
     trials = [step for step in told if step.phase == "trials"]
     assert [step.done for step in trials] == [0, 1, 2]
     assert trials[-1].best == max(step.best for step in trials[1:])
@@ -273,3 +273,48 @@ def test_the_plan_is_json_that_says_where_it_comes_from(found):
     assert content["score"]["metric"] == "accuracy"
     assert content["model"]["spec"] == "zoo:digits"
     assert set(content["provenance"]["versions"]) >= {"kronsearch", "torch", "optuna", "fvcore"}
+
+
+def test_a_direct_search_tells_what_is_over_the_budget_and_hands_back_what_is_not(
+    digits_model, digits_data, digits_cost, tmp_path
+):
+    settings = {
+        "budget": ks.Budget(flops="40%"),
+        "decoder": "direct",
+        "sampler": "random",
+        "sensitivity": "plain",
+        "space": SearchSpace(structures=("spatial",)),
+        "allow_slower": True,
+        "final_epochs": 0,
+        "out": tmp_path / "out",
+    }
+    result = ks.search(digits_model, digits_data, trials=7, **settings)
+    table = result.trials
+    over = table["over"] > 0
+    assert over.any()
+    assert (table["state"][over] == "pruned").all()
+    assert table["digest"][over].isna().all()
+    assert table["settled_divergence"].notna().all()
+    assert table["divergence"][over].isna().all()
+    assert not over[:3].any()
+    assert (table["macs"][~over] <= digits_cost.macs * 4 // 10).all()
+    assert result.plan.compressed.macs <= digits_cost.macs * 4 // 10
+    assert all(0 <= value <= 1 for value in table.filter(like="place/").to_numpy().ravel())
+    for setting, name, was in (("decoder", "allocate", "direct"), ("sampler", "tpe", "random")):
+        with pytest.raises(StudyError, match=f"{setting} was {was}, is {name}"):
+            ks.search(digits_model, digits_data, trials=7, **settings | {setting: name})
+
+
+@pytest.mark.parametrize("setting", ["decoder", "sampler", "sensitivity"])
+def test_a_name_that_there_is_not_is_refused_before_anything_is_done(digits_model, tmp_path, setting):
+    with pytest.raises(StudyError, match=f"no {setting} 'best': choose one of ") as caught:
+        ks.search(digits_model, budget=ks.Budget(flops="50%"), out=tmp_path / "out", **{setting: "best"})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_data_a_direct_search_hands_back_the_plain_plan(digits_model):
+    settings = {"budget": ks.Budget(flops="50%"), "space": SPACE, "input_shape": (1, 8, 8), "allow_slower": True}
+    plain, direct = (ks.search(digits_model, **settings, decoder=name) for name in ("allocate", "direct"))
+    assert len(direct.trials) == 1
+    assert direct.plan.replaced == plain.plan.replaced

@@ -4,7 +4,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from kronsearch.search.trial import outcome, score
+from kronsearch.search.study import was_stopped
+from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
 SEED = 3
@@ -96,3 +97,28 @@ def test_without_data_the_objective_is_the_predicted_error(study, plan):
     trial = study.ask()
     assert score(trial, plan, None, None, seed=SEED) == plan.predicted_error == trial.user_attrs["score"]
     assert outcome(trial, plan.predicted_error) == f"scored {plan.predicted_error:.4f}"
+
+
+def test_what_is_over_the_budget_is_measured_but_not_fine_tuned(study, plan):
+    trial = study.ask()
+    trial.set_constraint("macs", 0.25)
+    trial.set_constraint("params", -0.5)
+    scorer = Told(evaluation(1.5, metric=0.25))
+    assert overstepped(trial, plan.replaced, scorer) == 1.5
+    assert scorer.built == [plan.replaced]
+    assert trial.user_attrs == {"stopped": True, "over": 0.25, "settled": 0.25, "settled_divergence": 1.5}
+    assert outcome(trial, 1.5) == "is 25.0% over a budget"
+    study.tell(trial, 1.5)
+    assert was_stopped(study.get_trials()[0])
+
+
+def test_what_is_over_the_budget_and_not_finite_has_no_objective(study, plan):
+    trial = study.ask()
+    trial.set_constraint("macs", 0.25)
+    assert overstepped(trial, plan.replaced, Told(evaluation(math.nan))) is None
+
+
+def test_what_is_over_the_budget_is_not_measured_without_data(study, plan):
+    trial = study.ask()
+    trial.set_constraint("macs", 0.25)
+    assert overstepped(trial, plan.replaced, None) == 0.0

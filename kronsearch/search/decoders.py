@@ -1,0 +1,85 @@
+"""How a trial becomes a plan: what the sampler is asked for, and what is made of its answer."""
+
+from typing import Protocol
+
+from optuna.trial import Trial
+
+from kronsearch.choices import DecoderName
+from kronsearch.plan import Latency
+from kronsearch.search.allocate import Allocation
+from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.direct import excess, place, places
+from kronsearch.search.pace import Pace
+from kronsearch.search.study import Given
+
+__all__ = ["Allocate", "Decoder", "Direct", "new_decoder"]
+
+_IMPORTANCE, _PRICE = 1.0, 0.7  # bounds of the logarithms: a factor of 2.7 and of 2 either way
+_TRUST = (0.5, 1.0, 0.0)  # of the plain allocations with which every study begins
+
+
+class Decoder(Protocol):
+    """A way from a trial to an allocation."""
+
+    def decide(self, trial: Trial, problem: Problem, pace: Pace) -> tuple[Allocation, Latency | None] | None:
+        """Ask the sampler, and return the allocation with what `Pace.allocate` tells of it.
+
+        An allocation that doesn't keep the bounds of the problem is Optuna's to learn from: the trial has constraints.
+        """
+
+    def given(self, problem: Problem) -> Given:
+        """Return what maps a slot to the parameters of a trial that every study begins with, or to None."""
+
+
+class Allocate:
+    """The sampler is asked how errors are weighed, and the allocation keeps the budgets by construction."""
+
+    def decide(self, trial: Trial, problem: Problem, pace: Pace) -> tuple[Allocation, Latency | None] | None:
+        """Allocate with a weighing of the sampler's."""
+        return pace.allocate(problem, self.suggest(trial, problem))
+
+    def suggest(self, trial: Trial, problem: Problem) -> Weighing:
+        """Ask the sampler for a weighing."""
+        return Weighing(
+            trust=trial.suggest_float("trust", 0.0, 1.0),
+            curvature=trial.suggest_float("curvature", 0.6, 1.4),
+            importance={
+                group: trial.suggest_float(f"importance/{group}", -_IMPORTANCE, _IMPORTANCE) for group in problem.groups
+            },
+            price={kind: trial.suggest_float(f"price/{kind}", -_PRICE, _PRICE) for kind in problem.structures},
+        )
+
+    def given(self, problem: Problem) -> Given:
+        """Give the plain allocation, then those of other trust in the sensitivities."""
+        plain = {"curvature": 1.0}
+        plain |= {f"importance/{group}": 0.0 for group in problem.groups}
+        plain |= {f"price/{kind}": 0.0 for kind in problem.structures}
+        return lambda slot: {"trust": _TRUST[slot], **plain} if slot < len(_TRUST) else None
+
+
+class Direct:
+    """The sampler is asked for each layer's place on its front, and told by how much the plan oversteps the budgets."""
+
+    def decide(self, trial: Trial, problem: Problem, pace: Pace) -> tuple[Allocation, Latency | None] | None:
+        """Take the candidates at the sampler's places; what oversteps a budget has no latency measured."""
+        asked = {layer.name: trial.suggest_float(f"place/{layer.name}", 0.0, 1.0) for layer in problem.candidates}
+        allocation = place(problem, asked)
+        for name, over in excess(problem, allocation).items():
+            trial.set_constraint(name, over)
+        return pace.checked(problem, allocation) if problem.bounds.hold(**allocation.costs) else (allocation, None)
+
+    def given(self, problem: Problem) -> Given:
+        """Give the places of the plans that `Allocate` begins with."""
+
+        def of_slot(slot: int) -> dict[str, float] | None:
+            if slot >= len(_TRUST):
+                return None
+            found = places(problem, problem.allocate(Weighing(trust=_TRUST[slot])))
+            return {f"place/{name}": where for name, where in found.items()}
+
+        return of_slot
+
+
+def new_decoder(name: DecoderName) -> Decoder:
+    """Return a decoder by its name."""
+    return Allocate() if name == "allocate" else Direct()

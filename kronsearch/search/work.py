@@ -1,0 +1,172 @@
+"""The state of one search: what its trials are about, how they are scored, and what is made of the winner."""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import Trial
+from torch import nn
+
+from kronsearch.budget import Limits
+from kronsearch.models.apply import apply_plan, load_compressed
+from kronsearch.models.checkpoint import fingerprint_weights
+from kronsearch.plan import Latency, Plan
+from kronsearch.search.allocate import Allocation
+from kronsearch.search.decode import Problem
+from kronsearch.search.decoders import Decoder
+from kronsearch.search.draft import Draft
+from kronsearch.search.finish import finish, is_done, tested
+from kronsearch.search.pace import Pace, specs_of
+from kronsearch.search.prepare import Prepared
+from kronsearch.search.score import Scorer
+from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study
+from kronsearch.search.subject import Subject
+from kronsearch.search.trial import outcome, overstepped, score
+from kronsearch.training.evaluate import Evaluation
+from kronsearch.training.finetune import StepReport
+
+__all__ = ["Work"]
+
+_PATIENCE = 1.0  # seconds between two looks at what other workers do
+
+
+class Work:
+    """The state of one search.
+
+    Args:
+        subject: the network, its data and the search space.
+        limits: the budget in plain numbers.
+        draft: what all plans have in common.
+        pace: what is asked of latency.
+        decoder: what makes an allocation of a trial.
+    """
+
+    def __init__(self, subject: Subject, limits: Limits, draft: Draft, pace: Pace, decoder: Decoder) -> None:
+        self.subject, self.limits, self.draft, self.pace, self.decoder = subject, limits, draft, pace, decoder
+        self.data, self.dense, self.device = subject.data, subject.dense, subject.device
+        self._scorer: Scorer | None = None
+        self._waited: int | None = None
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of the score."""
+        return self.data is not None and self.data.task.higher_is_better
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a study is resumed."""
+        return {
+            "model": self.draft.model_spec or type(self.dense).__name__,
+            "weights": fingerprint_weights(self.dense)[:16],
+            "data": None if self.data is None else self.data.fingerprint[:16],
+            "input shape": list(self.subject.cost.input_shape),
+            "budget": str(self.draft.budget),
+            "space": self.draft.space.model_dump_json(),
+            "seed": self.draft.seed,
+            "objective": OBJECTIVE if self.data is not None else "predicted error",
+            **self.pace.identity,
+        }
+
+    def wanted(self, trials: int) -> int:
+        """Return how many trials there are to do: one without data, whose plan is proven to be the best."""
+        return trials if self.data is not None else 1
+
+    def set_problem(self) -> None:
+        """Measure, decompose, and set what the trials are about."""
+        prepared = self.subject.prepared()
+        candidates, sensitivity = self.subject.tables(prepared)
+        self.problem = self.pace.problem(Problem(self.subject.cost, self.limits, candidates, sensitivity))
+        self._scorer = self._scorer_with(prepared)
+
+    def scorer(self) -> Scorer | None:
+        """Return the one scorer, None without data."""
+        if self._scorer is None and self.data is not None:
+            self._scorer = self._scorer_with(self.subject.prepared())
+        return self._scorer
+
+    @property
+    def tuning(self) -> float:
+        """Seconds in which a network was trained."""
+        return 0.0 if self._scorer is None else self._scorer.tuning
+
+    def _scorer_with(self, prepared: Prepared) -> Scorer | None:
+        if self.data is None:
+            return None
+        return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
+
+    def begin(self, ledger: Study, wanted: int) -> None:
+        """Tell that trials are next."""
+        best = ledger.best()
+        known = None if best is None else best.user_attrs[SCORE]
+        self.subject.tell("trials", len(ledger.finished()), wanted, best=known)
+
+    def wait(self, others: int, done: int, wanted: int) -> None:
+        """Leave other workers time to end their trials; tell so once for each that ends."""
+        if done != self._waited:
+            self._waited = done
+            self.subject.tell("trials", done, wanted, f"waiting for other workers, which run {others}")
+        time.sleep(_PATIENCE)
+
+    def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
+        """Run one trial to its end."""
+        found = self.decoder.decide(trial, self.problem, self.pace)
+        if found is None:
+            ledger.tell(trial, None)
+            done = len(ledger.finished())
+            self.subject.tell("trials", done, wanted, f"trial {trial.number} missed the budget of latency")
+            return
+        allocation, latency = found
+        if self.problem.bounds.hold(**allocation.costs):
+            value = self._scored(ledger, trial, allocation, latency)
+        else:
+            value = overstepped(trial, specs_of(self.problem.candidates, allocation), self.scorer())
+        if not ledger.tell(trial, value):
+            return
+        best = ledger.best()
+        self.subject.tell(
+            "trials",
+            len(ledger.finished()),
+            wanted,
+            f"trial {trial.number} {outcome(trial, value)}",
+            best=None if best is None else best.user_attrs[SCORE],
+            macs=allocation.costs["macs"],
+            params=allocation.costs["params"],
+        )
+
+    def _scored(self, ledger: Study, trial: Trial, allocation: Allocation, latency: Latency | None) -> float | None:
+        """Return the objective of an allocation's plan, and write both to its trial."""
+        plan = self.draft.plan(self.problem, allocation, latency)
+        digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
+        twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
+        for key, attribute in (
+            (PLAN, plan.model_dump_json()),
+            ("digest", digest),
+            ("macs", plan.compressed.macs),
+            ("params", plan.compressed.params),
+            ("predicted_error", plan.predicted_error),
+            ("gap", allocation.gap),
+            *(() if latency is None else (("latency_ms", latency.compressed_ms), ("latency_ratio", latency.ratio))),
+        ):
+            trial.set_user_attr(key, attribute)
+        return score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
+
+    def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
+        """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
+        path = None if folder is None else folder / "compressed.safetensors"
+        epochs = epochs if self.data is not None else 0.0
+        if path is not None and is_done(path, plan, epochs):
+            return load_compressed(self.dense, path, plan).to(self.device)
+        scorer = self.scorer()
+        small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
+        finish(small, plan, scorer, epochs=epochs, seed=self.draft.seed, path=path, tell=self._tell_final)
+        return small
+
+    def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
+        """Evaluate the dense and the compressed network on the test split."""
+        if self.data is None:
+            return None, None
+        return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
+
+    def _tell_final(self, report: StepReport) -> None:
+        self.subject.tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")

@@ -1,0 +1,134 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import pytest
+
+from kronsearch.budget import Budget, Limits
+from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.decoders import Allocate, Direct, new_decoder
+from kronsearch.search.direct import excess, front, place, places
+from kronsearch.search.pace import Pace
+
+
+@pytest.fixture(scope="module")
+def problem(digits_tables, digits_cost):
+    sensitivity = {layer.name: 1.0 + number for number, layer in enumerate(digits_tables)}
+    return Problem(digits_cost, Limits(digits_cost.macs // 2, digits_cost.params // 2), digits_tables, sensitivity)
+
+
+@pytest.fixture
+def pace():
+    return Pace(Budget(flops="50%"), None, allow_slower=True)
+
+
+def told(decoder, problem, pace, params):
+    """Return what a decoder makes of parameters that were set beforehand, and their trial."""
+    study = optuna.create_study()
+    study.enqueue_trial(params)
+    trial = study.ask()
+    return decoder.decide(trial, problem, pace), trial
+
+
+def test_trial_0_of_allocate_is_the_plain_allocation(problem, pace):
+    given = Allocate().given(problem)
+    first = given(0)
+    assert first["trust"] == Weighing().trust
+    assert first["curvature"] == 1.0
+    assert set(first) == {
+        "trust",
+        "curvature",
+        *(f"importance/{group}" for group in problem.groups),
+        *(f"price/{kind}" for kind in problem.structures),
+    }
+    assert {value for name, value in first.items() if "/" in name} == {0.0}
+    assert [given(slot)["trust"] for slot in range(3)] == [0.5, 1.0, 0.0]
+    assert given(3) is None
+    assert told(Allocate(), problem, pace, first)[0] == (problem.allocate(Weighing()), None)
+
+
+def test_a_front_has_what_nothing_cheaper_equals(problem):
+    for layer in problem.candidates:
+        kept, cost = front(problem, layer)
+        parts = layer.macs / problem.limits.macs + layer.params / problem.limits.params
+        assert np.allclose(cost, parts[kept])
+        assert (np.diff(cost) < 0).all()
+        assert (np.diff(layer.error[kept]) > 0).all()
+        for index in range(len(layer)):
+            assert ((cost <= parts[index]) & (layer.error[kept] <= layer.error[index])).any()
+
+
+def test_places_begin_at_the_dense_network_and_end_at_the_smallest(problem):
+    names = [layer.name for layer in problem.candidates]
+    dense = place(problem, dict.fromkeys(names, 0.0))
+    assert dense.chosen == (0,) * len(names)
+    assert dense.costs == {"macs": problem.cost.macs, "params": problem.cost.params}
+    assert dense.error == 0
+    assert excess(problem, dense) == pytest.approx({"macs": 1.0, "params": 1.0}, rel=1e-3)
+    smallest = place(problem, dict.fromkeys(names, 1.0))
+    for layer, index in zip(problem.candidates, smallest.chosen, strict=True):
+        assert index == front(problem, layer)[0][-1]
+    assert max(excess(problem, smallest).values()) < 0
+    assert smallest.gap == 1.0
+
+
+def test_a_place_between_divides_the_logarithm_of_the_cost(problem):
+    layer = problem.candidates[0]
+    kept, cost = front(problem, layer)
+    half = place(problem, {each.name: 0.5 for each in problem.candidates}).chosen[0]
+    wanted = math.sqrt(cost[0] * cost[-1])
+    assert half == kept[cost <= wanted * (1 + 1e-6)][0]
+
+
+def test_every_candidate_of_a_front_is_at_its_own_place(problem):
+    for number, layer in enumerate(problem.candidates):
+        for index in front(problem, layer)[0]:
+            chosen = [0] * len(problem.candidates)
+            chosen[number] = int(index)
+            allocation = replace(problem.allocate(Weighing()), chosen=tuple(chosen))
+            assert place(problem, places(problem, allocation)).chosen == tuple(chosen)
+
+
+def test_direct_begins_with_plans_that_keep_the_budget_and_are_no_worse_than_the_plain_ones(problem, pace):
+    given = Direct().given(problem)
+    for slot, trust in enumerate((0.5, 1.0, 0.0)):
+        (allocation, latency), trial = told(Direct(), problem, pace, given(slot))
+        assert latency is None
+        assert problem.bounds.hold(**allocation.costs)
+        assert trial.constraints == excess(problem, allocation)
+        plain = problem.allocate(Weighing(trust=trust))
+        weights = [problem.sensitivity[layer.name] for layer in problem.candidates]
+        errors = [
+            [float(layer.error[index]) for layer, index in zip(problem.candidates, each.chosen, strict=True)]
+            for each in (allocation, plain)
+        ]
+        assert np.dot(weights, errors[0]) == pytest.approx(allocation.error)
+        assert all(ours <= theirs for ours, theirs in zip(*errors, strict=True))
+    assert given(3) is None
+
+
+def test_what_is_over_the_budget_is_told_as_constraints(problem, pace):
+    dense = {f"place/{layer.name}": 0.0 for layer in problem.candidates}
+    (allocation, latency), trial = told(Direct(), problem, pace, dense)
+    assert latency is None
+    assert not problem.bounds.hold(**allocation.costs)
+    over = {
+        "macs": problem.cost.macs / problem.limits.macs - 1,
+        "params": problem.cost.params / problem.limits.params - 1,
+    }
+    assert trial.constraints == pytest.approx(over)
+
+
+def test_decoders_by_their_names():
+    assert isinstance(new_decoder("allocate"), Allocate)
+    assert isinstance(new_decoder("direct"), Direct)
+
+
+def test_a_layer_that_can_only_stay_dense_has_one_candidate_at_every_place(problem):
+    only = problem.candidates[0].take(np.array([0]))
+    stuck = replace(problem, candidates=[only, *problem.candidates[1:]])
+    names = [layer.name for layer in stuck.candidates]
+    for where in (0.0, 0.3, 1.0):
+        assert place(stuck, dict.fromkeys(names, where)).chosen[0] == 0
+    assert places(stuck, place(stuck, dict.fromkeys(names, 1.0)))[only.name] == 0.0
