@@ -18,7 +18,7 @@ from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate, outputs
 from kronsearch.training.finetune import StepReport, finetune_steps
-from kronsearch.training.precision import precision_for
+from kronsearch.training.precision import KERNELS, precision_for
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
 __all__ = ["Scorer"]
@@ -84,7 +84,7 @@ class Scorer:
 
     def validate(self, model: nn.Module) -> Evaluation:
         """Evaluate on (a fixed subset of) the validation split."""
-        with kernels_formed(model):
+        with kernels_formed(model, KERNELS[self._precision]):
             return evaluate(
                 model,
                 self.data,

@@ -18,7 +18,7 @@ from kronsearch.search.prepare import Prepared
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
 from kronsearch.training.data import Data, endless_train_batches
-from kronsearch.training.precision import eval_mode, forward, precision_for
+from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["Damage", "estimated"]
 
@@ -157,7 +157,7 @@ class Damage:
     def _outputs(self, network: nn.Module) -> list[Tensor]:
         """Return the outputs for each batch, with the batch's own statistics in batch norms; it changes the network."""
         precision = precision_for(self._device)
-        with torch.no_grad(), eval_mode(network), kernels_formed(network):
+        with torch.no_grad(), eval_mode(network), kernels_formed(network, KERNELS[precision]):
             for module in network.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train()

@@ -220,7 +220,7 @@ def conv_like(conv: Conv) -> type[SeKronConv]:
 
 
 @contextmanager
-def kernels_formed(model: nn.Module) -> Iterator[None]:
+def kernels_formed(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Form the kernels of a model's factorised convolutions, which then run as dense ones, with the same outputs.
 
     That is what batches are trained on: forming a kernel costs as much as a few positions of one example, gradients
@@ -228,10 +228,15 @@ def kernels_formed(model: nn.Module) -> Iterator[None]:
     MACs takes half the time, for the stages' depthwise convolutions have slow gradients.
 
     The kernels are those of the factors at the start, with gradients if they are enabled then, for one backward pass.
+
+    Args:
+        model: the network.
+        dtype: what kernels are rounded to: that of autocast, where the network runs under it; None leaves them as they
+            are.
     """
     layers = [module for module in model.modules() if isinstance(module, SeKronConv) and module._formed is None]
     factors = [[f for f in layer.factors._parameters.values() if f is not None] for layer in layers]
-    for layer, kernel in zip(layers, form_kernels([layer.spec for layer in layers], factors), strict=True):
+    for layer, kernel in zip(layers, form_kernels([layer.spec for layer in layers], factors, dtype), strict=True):
         layer._forget()
         layer._formed = kernel
     try:

@@ -24,7 +24,9 @@ from kronsearch.sekron.tensors import reconstruct
 __all__ = ["form_kernels"]
 
 
-def form_kernels(specs: Sequence[SeKronSpec], factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def form_kernels(
+    specs: Sequence[SeKronSpec], factors: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Return the kernels of many layers, formed in their factors' own precision, inside of autocast too.
 
     Differentiable once, all together: the factors of a kernel that nothing was done with get gradients of zeros. Those
@@ -33,6 +35,8 @@ def form_kernels(specs: Sequence[SeKronSpec], factors: Sequence[Sequence[Tensor]
     Args:
         specs: of the layers.
         factors: of each layer.
+        dtype: what kernels of float32 are rounded to once they are formed; None leaves them as they are. It is what
+            autocast would do to each of them, there and back.
     """
     kernels: list[Tensor | None] = [None] * len(specs)
     groups: dict[Any, list[int]] = defaultdict(list)
@@ -41,13 +45,20 @@ def form_kernels(specs: Sequence[SeKronSpec], factors: Sequence[Sequence[Tensor]
             groups[spec.factor_shapes, own[0].dtype, own[0].device].append(k)
         else:
             with torch.autocast(own[0].device.type, enabled=False):
-                kernels[k] = reconstruct(own, spec)
-    for (shapes, *_), members in groups.items():
+                kernel = reconstruct(own, spec)
+                kernels[k] = kernel.to(_rounded(kernel.dtype, dtype))
+    for (shapes, own, _), members in groups.items():
         plan, ranks = _plan(shapes), [specs[k].ranks[0] for k in members]
-        formed = _Formed.apply(plan, ranks, *(factors[k][place] for place in plan.places for k in members))
+        formed = _Formed.apply(
+            plan, ranks, _rounded(own, dtype), *(factors[k][place] for place in plan.places for k in members)
+        )
         for k, kernel in zip(members, formed, strict=True):
             kernels[k] = kernel
     return [kernel for kernel in kernels if kernel is not None]
+
+
+def _rounded(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own == torch.float32 else own
 
 
 def _is_single_sum(spec: SeKronSpec) -> bool:
@@ -109,7 +120,7 @@ class _Formed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, ranks: list[int], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: _Plan, ranks: list[int], dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:
         count = len(ranks)
         parts = [factors[start : start + count] for start in range(0, len(factors), count)]
         left, *rest = (torch.cat(part).view(-1, size) for part, size in zip(parts, plan.sizes, strict=True))
@@ -119,8 +130,9 @@ class _Formed(torch.autograd.Function):
             torch.mm(a.T, b, out=out)
         ctx.plan, ctx.ranks, ctx.tails = plan, ranks, [part[0].shape[1:] for part in parts]
         ctx.save_for_backward(left, right, *rest)
-        lying = product.view(count, *plan.by_factor).permute(plan.to_memory).contiguous().view(count, *plan.memory)
-        return lying.permute(plan.to_modes).unbind()
+        digits = product.view(count, *plan.by_factor).permute(plan.to_memory)
+        lying = torch.empty(digits.shape, dtype=dtype, device=left.device).copy_(digits)
+        return lying.view(count, *plan.memory).permute(plan.to_modes).unbind()
 
     @staticmethod
     @once_differentiable
@@ -128,7 +140,8 @@ class _Formed(torch.autograd.Function):
         plan, ranks = ctx.plan, ctx.ranks
         left, right, *rest = ctx.saved_tensors
         lying = torch.stack([gradient.permute(plan.order) for gradient in gradients])
-        kernels = lying.view(-1, *plan.by_memory).permute(plan.to_factors).reshape(len(ranks), left.shape[1], -1)
+        digits = lying.view(-1, *plan.by_memory).permute(plan.to_factors)
+        kernels = left.new_empty(digits.shape).copy_(digits).view(len(ranks), left.shape[1], -1)
         found, towards = [torch.empty_like(left)], torch.empty_like(right)
         parts = (torch.split(matrix, ranks) for matrix in (left, right, found[0], towards))
         for a, b, to_a, to_b, kernel in zip(*parts, kernels.unbind(), strict=True):
@@ -142,4 +155,4 @@ class _Formed(torch.autograd.Function):
             found.append(torch.bmm(terms, two[:, :, None], out=one.new_empty(*one.shape, 1)))
             found.append(torch.bmm(one[:, None, :], terms, out=two.new_empty(len(two), 1, two.shape[1])))
         whole = (torch.split(matrix.view(-1, *tail), ranks) for matrix, tail in zip(found, ctx.tails, strict=True))
-        return None, None, *(factor for part in whole for factor in part)
+        return None, None, None, *(factor for part in whole for factor in part)

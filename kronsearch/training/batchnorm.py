@@ -5,7 +5,7 @@ from torch import nn
 
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.data import Data, endless_train_batches
-from kronsearch.training.precision import eval_mode, forward, precision_for
+from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["reestimate_batchnorm"]
 
@@ -32,7 +32,7 @@ def reestimate_batchnorm(
         return
     precision = precision_for(device)
     momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model), kernels_formed(model):
+    with torch.no_grad(), eval_mode(model), kernels_formed(model, KERNELS[precision]):
         try:
             for norm in norms:
                 norm.reset_running_stats()

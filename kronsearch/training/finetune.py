@@ -16,7 +16,7 @@ from kronsearch.training.blocks import feature_distance, recorded_outputs
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, teacher_outputs, training_loss
 from kronsearch.training.optimizer import make_optimizer, moments, restore_moments
-from kronsearch.training.precision import forward, precision_for
+from kronsearch.training.precision import KERNELS, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.team import ALONE, Team
 
@@ -133,7 +133,10 @@ class Trainer:
 
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
         wanted, features_wanted = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._watched)
-        with kernels_formed(self.model), recorded_outputs(self.model, self._watched) as features:
+        with (
+            kernels_formed(self.model, KERNELS[self._precision]),
+            recorded_outputs(self.model, self._watched) as features,
+        ):
             outputs = forward(self._runner, inputs, self._precision)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
         if features_wanted:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, first_line
 
-__all__ = ["Precision", "eval_mode", "forward", "precision_for"]
+__all__ = ["KERNELS", "Precision", "eval_mode", "forward", "precision_for"]
 
 Precision = Literal["bf16", "float32"]
+KERNELS: Mapping[Precision, torch.dtype | None] = {"bf16": torch.bfloat16, "float32": None}  # for `kernels_formed`
 
 
 def precision_for(device: str | torch.device) -> Precision:

@@ -19,7 +19,7 @@ from torch import nn
 import kronsearch as ks
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.optimizer import make_optimizer
-from kronsearch.training.precision import forward, precision_for
+from kronsearch.training.precision import KERNELS, forward, precision_for
 from kronsearch.training.schedule import TrainSettings
 
 PLAN = Path(__file__).parents[1] / "cifar10-resnet32-50flops" / "plan.json"
@@ -38,7 +38,7 @@ class Trained:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
         times = [self.now()]
-        with kernels_formed(self.model):
+        with kernels_formed(self.model, KERNELS[precision_for("cpu")]):
             outputs = forward(self.model, images, precision_for("cpu"))
         loss = nn.functional.cross_entropy(outputs, labels)
         times.append(self.now())

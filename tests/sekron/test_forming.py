@@ -88,3 +88,15 @@ def test_factors_of_several_precisions_are_kept_apart(random_factors):
     factors = [random_factors(SPECS[0]), [f.float() for f in random_factors(SPECS[3])]]
     assert [kernel.dtype for kernel in form_kernels([SPECS[0], SPECS[3]], factors)] == [torch.float64, torch.float32]
     assert form_kernels([], []) == []
+
+
+def test_kernels_of_float32_are_rounded_where_that_is_wanted_and_gradients_are_not(random_factors, generator):
+    factors = [[f.float().requires_grad_() for f in random_factors(spec)] for spec in SPECS]
+    exact, rounded = form_kernels(SPECS, factors), form_kernels(SPECS, factors, torch.bfloat16)
+    torch.testing.assert_close(rounded, [kernel.bfloat16() for kernel in exact], rtol=0, atol=0)
+    towards = [torch.randn(spec.kernel_shape, generator=generator).bfloat16() for spec in SPECS]
+    leaves = [factor for own in factors for factor in own]
+    found = torch.autograd.grad(rounded, leaves, towards)
+    expected = torch.autograd.grad(exact, leaves, [one.float() for one in towards])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert [k.dtype for k in form_kernels(SPECS[:1], [random_factors(SPECS[0])], torch.bfloat16)] == [torch.float64]
