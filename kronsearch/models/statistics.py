@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
-from kronsearch.training.data import Data, endless_train_batches
+from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import eval_mode, forward
 
 __all__ = ["gather_moments"]
@@ -163,14 +163,12 @@ def gather_moments(
                 stack.callback(module.register_forward_pre_hook(on_norm).remove)
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
-        batches = endless_train_batches(data, min(_BATCH, images), generator=generator, device=device)
-        while done < images:
+        for batch in train_inputs(data, min(_BATCH, images), images, generator=generator, device=device):
             # the inputs ask for gradients so that every layer's output does, frozen weights or not
-            inputs = next(batches)[0].detach().requires_grad_()
+            inputs = batch.detach().requires_grad_()
             outputs = forward(model, inputs, "float32")
             direction = torch.randn(outputs.shape, generator=generator).to(outputs)
             torch.autograd.grad(outputs, inputs, direction)
             produced.clear()
             done += len(inputs)
-        batches.close()
     return {name: seen.moments(done) for name, seen in sums.items()}

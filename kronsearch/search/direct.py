@@ -20,12 +20,16 @@ def front(problem: Problem, layer: Candidates) -> tuple[NDArray[np.int64], NDArr
 
     The cost is the sum of the parts that they take of the bounds which were asked for.
     """
-    costs = sum(layer.costs[name] / max(limit, 1) for name, limit in problem.limits.given.items())
-    cost = np.asarray(costs, dtype=float)
+    cost = _cost(problem, layer)
     order = np.lexsort((layer.error, cost))
     least = np.minimum.accumulate(layer.error[order])
     kept = order[np.diff(least, prepend=np.inf) < 0][::-1]
     return kept, cost[kept]
+
+
+def _cost(problem: Problem, layer: Candidates) -> NDArray[np.float64]:
+    costs = sum(layer.costs[name] / max(limit, 1) for name, limit in problem.limits.given.items())
+    return np.asarray(costs, dtype=float)
 
 
 def place(problem: Problem, places: Mapping[str, float]) -> Allocation:
@@ -53,7 +57,7 @@ def places(problem: Problem, allocation: Allocation) -> dict[str, float]:
     found = {}
     for layer, index in zip(problem.candidates, allocation.chosen, strict=True):
         _, cost = front(problem, layer)
-        own = sum(float(layer.costs[name][index]) / max(limit, 1) for name, limit in problem.limits.given.items())
+        own = _cost(problem, layer)[index]
         span = log(cost[0] / cost[-1])
         found[layer.name] = float(np.clip(log(cost[0] / own) / span, 0, 1)) if span > 0 else 0.0
     return found

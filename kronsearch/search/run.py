@@ -140,7 +140,7 @@ def search(
         raise StudyError(f"{trials} trials are asked for: ask for one at least")
     if final_epochs < 0:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
-    check_choices(decoder=decoder, sampler=sampler, sensitivity=sensitivity)
+    check_choices(decoder=decoder, sampler=sampler)  # the sensitivity is the subject's
     new_sampler(sampler, seed)  # if it can't be had, nothing is begun
     started = time.monotonic()
     folder = None if out is None else Path(out)

@@ -13,11 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError
 
-__all__ = ["SLOT", "new_sampler"]
+__all__ = ["GIVEN", "SLOT", "new_sampler"]
 
-SLOT = "slot"
+SLOT = "slot"  # in the user attributes of trials: its number among those that are wanted
+GIVEN = "fixed_params"  # in the system attributes of trials whose parameters were set beforehand, as Optuna has it
 _STARTUP = 6  # trials before a sampler models anything; the first ones are given
-_GIVEN = "fixed_params"  # in the system attributes of trials whose parameters were set beforehand
 _SIGMA = 1 / 6  # of each parameter's range: what CMA-ES begins with
 
 
@@ -117,7 +117,7 @@ class _Ranges:
 
 
 def _is_drawn(trial: FrozenTrial) -> bool:
-    return SLOT in trial.user_attrs and _GIVEN not in trial.system_attrs
+    return SLOT in trial.user_attrs and GIVEN not in trial.system_attrs
 
 
 def _merit(trial: FrozenTrial) -> tuple[float, float, int]:

@@ -17,7 +17,7 @@ from kronsearch.search.candidates import Candidates
 from kronsearch.search.prepare import Prepared
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
-from kronsearch.training.data import Data, endless_train_batches
+from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["Damage", "estimated"]
@@ -135,12 +135,7 @@ class Damage:
 
     def _images(self, count: int) -> list[Tensor]:
         generator = stream(self._seed, _MEASURING)
-        batches = endless_train_batches(self._data, min(_BATCH, count), generator=generator, device=self._device)
-        inputs: list[Tensor] = []
-        while sum(map(len, inputs)) < count:
-            inputs.append(next(batches)[0])
-        batches.close()
-        return inputs
+        return list(train_inputs(self._data, min(_BATCH, count), count, generator=generator, device=self._device))
 
     def _fitting(self, inputs: list[Tensor]) -> list[Tensor]:
         """Return as many of the inputs as may have their outputs kept, one at least."""

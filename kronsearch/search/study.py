@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError, differences
-from kronsearch.search.sampling import SLOT, new_sampler
+from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
 from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 from kronsearch.training.evaluate import within_error
@@ -176,7 +176,7 @@ class Study:
         claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
             state=TrialState.RUNNING,
             user_attrs={SLOT: slot, WORKER: self._me},
-            system_attrs={} if given is None else {"fixed_params": dict(given)},  # as `enqueue_trial` has it
+            system_attrs={} if given is None else {GIVEN: dict(given)},
         )
         self._study.add_trial(claim)
         states = (*FINISHED, TrialState.RUNNING)

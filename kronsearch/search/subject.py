@@ -13,7 +13,7 @@ from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.prepare import Prepared, measure, tabulate
-from kronsearch.search.progress import Phase, Progress, Watcher
+from kronsearch.search.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.reach import replaceable
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
@@ -54,14 +54,14 @@ class Subject:
         model: nn.Module,
         data: Data | None,
         *,
-        space: SearchSpace | str | Path,
-        input_shape: tuple[int, ...] | None,
-        device: torch.device | str,
-        seed: int,
-        out: Path | None,
-        cache: str | Path | None,
-        sensitivity: SensitivityName,
-        watch: Watcher,
+        space: SearchSpace | str | Path = "default",
+        input_shape: tuple[int, ...] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        out: Path | None = None,
+        cache: str | Path | None = None,
+        sensitivity: SensitivityName = "measured",
+        watch: Watcher = ignore,
     ) -> None:
         self.data, self.device, self.watch = data, device, watch
         check_choices(sensitivity=sensitivity)

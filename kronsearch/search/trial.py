@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from optuna.trial import FrozenTrial, Trial
+from torch import nn
 
 from kronsearch.plan import Plan
 from kronsearch.search.score import Scorer
@@ -38,9 +39,7 @@ def score(trial: Trial, plan: Plan, scorer: Scorer | None, twin: FrozenTrial | N
                 trial.set_user_attr(key, twin.user_attrs[key])
         return twin.value
     small = scorer.build(plan.replaced)
-    settled = scorer.validate(small)
-    trial.set_user_attr("settled", settled.metric)
-    trial.set_user_attr("settled_divergence", settled.divergence)
+    _settled(trial, scorer, small)
     last = None
     for step, last in enumerate(scorer.proxy(small, seed)):
         if not math.isfinite(_objective(last)):
@@ -66,10 +65,8 @@ def overstepped(trial: Trial, specs: Mapping[str, SeKronSpec], scorer: Scorer | 
     trial.set_user_attr(OVER, max(trial.constraints.values()))
     if scorer is None:
         return 0.0
-    settled = scorer.validate(scorer.build(specs))
-    trial.set_user_attr("settled", settled.metric)
-    trial.set_user_attr("settled_divergence", settled.divergence)
-    return _objective(settled) if math.isfinite(_objective(settled)) else None
+    value = _objective(_settled(trial, scorer, scorer.build(specs)))
+    return value if math.isfinite(value) else None
 
 
 def outcome(trial: Trial, value: float | None) -> str:
@@ -80,6 +77,14 @@ def outcome(trial: Trial, value: float | None) -> str:
         return "pruned"
     divergence = trial.user_attrs.get("divergence")
     return f"scored {trial.user_attrs[SCORE]:.4f}" + ("" if divergence is None else f", divergence {divergence:.3g}")
+
+
+def _settled(trial: Trial, scorer: Scorer, small: nn.Module) -> Evaluation:
+    """Evaluate a network before its fine-tune, and write that to its trial."""
+    settled = scorer.validate(small)
+    trial.set_user_attr("settled", settled.metric)
+    trial.set_user_attr("settled_divergence", settled.divergence)
+    return settled
 
 
 def _objective(evaluation: Evaluation) -> float:

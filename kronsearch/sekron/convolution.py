@@ -170,17 +170,17 @@ class SeKronConv(SeKronLayer):
             return super()._infer(data, tensors)
         if last and not self._stays_last:
             return super()._infer(data.contiguous(), tensors).contiguous(memory_format=torch.channels_last)
-        for step in self._keep(tensors, along if last else across, self._last_steps if last else self._cross_steps):
+        for step in self._keep(tensors, last, lambda: self._steps(last)):
             data = step(data)
         return self._with_bias(data)
 
-    def _last_steps(self) -> list[Step]:
+    def _steps(self, last: bool) -> list[Step]:
+        """Return the steps for images with channels last, or for contiguous ones."""
         weights = self._weights(tuple(self.factors), self._last_layout)
-        return list(along(self.stages, self._last_layout, weights, self.bias if self._bias_in_stage else None))
-
-    def _cross_steps(self) -> list[Step]:
-        weights = self._weights(tuple(self.factors), self._last_layout)
-        return list(across(self.stages, weights, self.bias if self._bias_in_stage else None))
+        bias = self.bias if self._bias_in_stage else None
+        if last:
+            return list(along(self.stages, self._last_layout, weights, bias))
+        return list(across(self.stages, weights, bias))
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(data, weight, bias, stage.geometry, stage.groups)

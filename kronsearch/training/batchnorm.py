@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from kronsearch.sekron.convolution import kernels_formed
-from kronsearch.training.data import Data, endless_train_batches
+from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["reestimate_batchnorm"]
@@ -38,12 +38,8 @@ def reestimate_batchnorm(
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's way to say: the plain average of all batches
                 norm.train()
-            seen = 0
-            batches = endless_train_batches(data, batch_size, generator=generator, device=device)
-            while seen < images:
-                inputs, _ = next(batches)
+            for inputs in train_inputs(data, batch_size, images, generator=generator, device=device):
                 forward(model, inputs, precision)
-                seen += len(inputs)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -195,6 +195,19 @@ def endless_train_batches(
             raise no_training_batch(data, batch_size)
 
 
+def train_inputs(
+    data: Data, batch_size: int, images: int, *, generator: torch.Generator, device: str | torch.device = "cpu"
+) -> Iterator[Tensor]:
+    """Yield the inputs of training batches until there were so many images, the rest of the last batch included."""
+    seen = 0
+    batches = endless_train_batches(data, batch_size, generator=generator, device=device)
+    while seen < images:
+        inputs, _ = next(batches)
+        yield inputs
+        seen += len(inputs)
+    batches.close()
+
+
 def no_training_batch(data: Data, batch_size: int) -> DataError:
     """Return the error of data of which an epoch has no batch."""
     return DataError(f"data {data.spec!r} gave no training batch of {batch_size}: one at least is needed")

@@ -18,7 +18,6 @@ from kronsearch.models.apply import save_compressed
 from kronsearch.search.decode import Problem
 from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
-from kronsearch.search.progress import ignore
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import load_space
 from kronsearch.search.subject import Subject
@@ -27,17 +26,7 @@ from kronsearch.search.subject import Subject
 def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path) -> None:
     """Draw the plans and score each."""
     model, data = ks.load_model(spec, weights=weights), ks.load_data(f"cifar10:{folder}", seed=0)
-    subject = Subject(
-        *(model, data),
-        space="default",
-        input_shape=None,
-        device="cpu",
-        seed=0,
-        out=None,
-        cache="cache",
-        sensitivity="fisher",
-        watch=ignore,
-    )
+    subject = Subject(model, data, cache="cache", sensitivity="fisher")
     prepared = subject.prepared()
     budget = ks.Budget(flops=flops)
     limits = budget.limits(dense_macs=subject.cost.macs, dense_params=subject.cost.params)

@@ -20,7 +20,6 @@ from kronsearch.models.latency import random_network
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.pace import Pace
-from kronsearch.search.progress import ignore
 from kronsearch.search.stopwatch import Setting, Stopwatch
 from kronsearch.search.subject import Subject
 from kronsearch.sekron import SeKronSpec
@@ -44,14 +43,10 @@ def main() -> None:
     subject = Subject(
         model,
         None,
-        space="default",
         input_shape=SHAPE,
-        device="cpu",
-        seed=0,
         out=options.out,
         cache=options.cache,
         sensitivity="fisher",
-        watch=ignore,
     )
     candidates, sensitivity = subject.tables(subject.prepared())
     options.out.mkdir(parents=True, exist_ok=True)

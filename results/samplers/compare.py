@@ -15,7 +15,6 @@ import optuna
 import kronsearch as ks
 from kronsearch.search.decode import Problem
 from kronsearch.search.decoders import Allocate
-from kronsearch.search.progress import ignore
 from kronsearch.search.score import Scorer
 from kronsearch.search.subject import Subject
 from kronsearch.training.evaluate import evaluate, outputs
@@ -32,17 +31,7 @@ SAMPLERS = {
 def main(model: str, weights: str, data: str, budget: str, trials: int, seeds: int, *samplers: str) -> None:
     network = ks.load_model(model, weights=None if weights == "-" else weights)
     images = ks.load_data(data, seed=0)
-    subject = Subject(
-        *(network, images),
-        space="default",
-        input_shape=None,
-        device="cpu",
-        seed=0,
-        out=None,
-        cache="cache",
-        sensitivity="fisher",
-        watch=ignore,
-    )
+    subject = Subject(network, images, cache="cache", sensitivity="fisher")
     prepared = subject.prepared()
     limits = ks.Budget(flops=budget).limits(dense_macs=subject.cost.macs, dense_params=subject.cost.params)
     problem = Problem(subject.cost, limits, *subject.tables(prepared))

@@ -38,7 +38,6 @@ from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import new_decoder
 from kronsearch.search.draft import Draft
 from kronsearch.search.pace import Pace, specs_of
-from kronsearch.search.progress import ignore
 from kronsearch.search.sensitivity import estimated
 from kronsearch.search.stopwatch import Setting
 from kronsearch.search.study import PLAN, Study
@@ -112,14 +111,9 @@ class Bench:
         self.subject = Subject(
             ks.load_model(options.model, weights=options.weights),
             self.data,
-            space="default",
-            input_shape=None,
-            device="cpu",
             seed=seed,
-            out=None,
             cache=options.out / "cache",
             sensitivity="measured",
-            watch=ignore,
         )
         self.prepared = self.subject.prepared()
         began = time.process_time()

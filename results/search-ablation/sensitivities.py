@@ -23,7 +23,6 @@ from kronsearch.search.allocate import Choices
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.pace import specs_of
-from kronsearch.search.progress import ignore
 from kronsearch.search.score import Scorer
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.subject import Subject
@@ -46,17 +45,7 @@ class Curved(Problem):
 def main(model: str, weights: str, folder: str, cache: str, budgets: Sequence[str]) -> None:
     """Measure and print."""
     data = ks.load_data(f"cifar10:{folder}", seed=0)
-    subject = Subject(
-        *(ks.load_model(model, weights=weights), data),
-        space="default",
-        input_shape=None,
-        device="cpu",
-        seed=0,
-        out=None,
-        cache=cache,
-        sensitivity="fisher",
-        watch=ignore,
-    )
+    subject = Subject(ks.load_model(model, weights=weights), data, cache=cache, sensitivity="fisher")
     prepared = subject.prepared()
     candidates, fisher = subject.tables(prepared)
     arms = {"fisher": fisher}
