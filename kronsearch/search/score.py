@@ -24,7 +24,7 @@ from kronsearch.training.schedule import TrainSettings, default_rate, total_step
 __all__ = ["Scorer"]
 
 _PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
-_REPORTS = 3  # scores of a proxy fine-tune, at which it may be pruned
+_REPORTS = 2  # scores of a proxy fine-tune, at which it may be pruned
 _VALIDATION = 2_500  # validation images at the most
 _VALIDATION_BATCH = 125  # small, so that the score's standard error comes from many batches
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them

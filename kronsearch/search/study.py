@@ -53,8 +53,7 @@ class Study:
 
     By default it is a Gaussian process, which finds better plans in fewer trials than TPE does. Optuna's knows nothing
     of pruned trials, and would propose nearly the same again; so a trial that is stopped early is complete for it, with
-    the objective that it had by then, which is a little too high. Only it can't win. Pruned is one without any
-    objective.
+    the objective that it can be expected to have come to. Only it can't win. Pruned is one without any objective.
 
     A worker that ends before its trial does leaves it running. Whoever asks next closes it as failed and its slot is
     free again: at once where both are on one machine, after minutes without a sign of life where they aren't.
@@ -103,6 +102,10 @@ class Study:
         """Return the finished trials, stopped and pruned ones among them, in the order of their numbers."""
         return self._study.get_trials(deepcopy=False, states=FINISHED)
 
+    def ended(self) -> list[FrozenTrial]:
+        """Return the trials that came to their end, in the order of their numbers."""
+        return [trial for trial in self.finished() if not was_stopped(trial)]
+
     def best(self) -> FrozenTrial | None:
         """Return the winner among the trials that came to their end, None if there are none.
 
@@ -110,9 +113,8 @@ class Study:
         one of least objective wins, which is finer: at half of ResNet-32's MACs the best scores differ by one image in
         2,500. Of equals it is the first.
         """
-        complete = [trial for trial in self.finished() if not was_stopped(trial)]
         sign = -1 if self.higher_is_better else 1
-        ranked = sorted(complete, key=lambda trial: (sign * _score(trial), trial.number))
+        ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number))
         if not ranked:
             return None
         best, error = sign * _score(ranked[0]), _error(ranked[0])

@@ -28,6 +28,7 @@ from kronsearch.training.finetune import StepReport
 
 __all__ = ["Work"]
 
+_REVISION = 2  # of how trials are measured: those of another can't be compared
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
@@ -65,6 +66,7 @@ class Work:
             "space": self.draft.space.model_dump_json(),
             "seed": self.draft.seed,
             "objective": OBJECTIVE if self.data is not None else "predicted error",
+            "revision": _REVISION,
             **self.pace.identity,
         }
 
@@ -120,7 +122,7 @@ class Work:
         if self.problem.bounds.hold(**allocation.costs):
             value = self._scored(ledger, trial, allocation, latency)
         else:
-            value = overstepped(trial, specs_of(self.problem.candidates, allocation), self.scorer())
+            value = overstepped(trial, specs_of(self.problem.candidates, allocation), self.scorer(), ledger.ended())
         if not ledger.tell(trial, value):
             return
         best = ledger.best()
@@ -149,7 +151,7 @@ class Work:
             *(() if latency is None else (("latency_ms", latency.compressed_ms), ("latency_ratio", latency.ratio))),
         ):
             trial.set_user_attr(key, attribute)
-        return score(trial, plan, self.scorer(), twin, seed=self.draft.seed)
+        return score(trial, plan, self.scorer(), twin, ledger.ended(), seed=self.draft.seed)
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
         """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""

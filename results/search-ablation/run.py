@@ -13,7 +13,7 @@ plain, absolute, inputs, fisher, measured
                the plain allocation with each of the sensitivities, without any search
 random, gp, tpe, cmaes
                trials that decide how errors are weighed (measured sensitivity), by each sampler
-wide           as gp, with importances of a factor of 5 either way instead of 2.7
+wide           as gp, with bounds of the logarithms that are twice as wide
 direct         trials that decide each layer's place on its front, a Gaussian process, the budget as a constraint
 """
 
@@ -47,13 +47,13 @@ from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
 from kronsearch.training.evaluate import outputs
 
 ESTIMATED = ("plain", "absolute", "inputs", "fisher")
-SEARCHED = {  # decoder, sampler, bound of the logarithm of importances
-    "gp": ("allocate", "gp", 1.0),
-    "random": ("allocate", "random", 1.0),
-    "direct": ("direct", "gp", 1.0),
-    "tpe": ("allocate", "tpe", 1.0),
-    "cmaes": ("allocate", "cmaes", 1.0),
-    "wide": ("allocate", "gp", 1.6),
+SEARCHED = {  # decoder, sampler, how many times as wide as by default the bounds of the weighing are
+    "gp": ("allocate", "gp", 1),
+    "random": ("allocate", "random", 1),
+    "direct": ("direct", "gp", 1),
+    "tpe": ("allocate", "tpe", 1),
+    "cmaes": ("allocate", "cmaes", 1),
+    "wide": ("allocate", "gp", 2),
 }
 ARMS = (  # the most important first
     "measured",
@@ -69,6 +69,7 @@ ARMS = (  # the most important first
     "cmaes",
     "wide",
 )
+BOUNDS = decoders._IMPORTANCE, decoders._PRICE, decoders._CURVATURE
 MANY = 10_000  # trials that are asked for: time ends them
 SHARED = ("accuracy", "divergence", "n", "macs", "params", "settled_divergence", "tune_seconds")
 
@@ -148,7 +149,8 @@ class Bench:
 
     def search(self, work: Work, arm: str, folder: Path) -> tuple[Specs, dict[str, object]]:
         """Return the winner of as many trials as the time allows."""
-        _, sampler, decoders._IMPORTANCE = SEARCHED[arm]
+        _, sampler, wider = SEARCHED[arm]
+        decoders._IMPORTANCE, decoders._PRICE, decoders._CURVATURE = (wider * bound for bound in BOUNDS)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "study.db").unlink(missing_ok=True)  # of a run that was stopped: its time isn't known
         ledger = Study(

@@ -43,7 +43,7 @@ def test_trial_0_of_allocate_is_the_plain_allocation(problem, pace):
         *(f"price/{kind}" for kind in problem.structures),
     }
     assert {value for name, value in first.items() if "/" in name} == {0.0}
-    assert [given(slot)["trust"] for slot in range(3)] == [0.5, 1.0, 0.0]
+    assert [given(slot)["trust"] for slot in range(3)] == [0.5, 0.75, 0.25]
     assert given(3) is None
     assert told(Allocate(), problem, pace, first)[0] == (problem.allocate(Weighing()), None)
 

@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from kronsearch.search.study import was_stopped
-from kronsearch.search.trial import outcome, overstepped, score
+from kronsearch.search.trial import foretold, outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
 SEED = 3
@@ -45,7 +45,7 @@ def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(
     assert score(trial, plan, scorer, None, seed=SEED) == 0.75
     assert scorer.built == [plan.replaced]
     told = study.get_trials()[0]
-    assert told.intermediate_values == {0: 1.0, 1: 0.75}
+    assert told.intermediate_values == {0: 1.5, 1: 1.0, 2: 0.75}
     assert told.user_attrs == {
         "settled": 0.25,
         "settled_divergence": 1.5,
@@ -59,18 +59,54 @@ def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(
 
 def test_a_trial_that_is_stopped_has_the_objective_that_it_had_by_then(study, plan):
     trial = study.ask()
-    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(0.5)), None, seed=SEED) == 3.0
+    assert score(trial, plan, Told(evaluation(1.5), evaluation(3.0), evaluation(0.5)), None, seed=SEED) == 3.0
     assert trial.user_attrs["divergence"] == 3.0
     assert trial.user_attrs["stopped"] is True
     assert outcome(trial, 3.0) == "pruned"
 
 
+def test_a_trial_may_be_stopped_before_its_fine_tune(study, plan):
+    def never():
+        raise AssertionError("it was fine-tuned")
+        yield
+
+    trial = study.ask()
+    scorer = Told(evaluation(3.0, metric=0.25))
+    scorer.proxy = lambda network, seed: never()
+    assert score(trial, plan, scorer, None, seed=SEED) == 3.0
+    assert trial.user_attrs == {
+        "settled": 0.25,
+        "settled_divergence": 3.0,
+        "score": 0.25,
+        "error": 0.05,
+        "divergence": 3.0,
+        "examples": 100,
+        "stopped": True,
+    }
+
+
+def test_the_objective_of_a_stopped_trial_is_what_others_came_to_from_there(study, plan):
+    """Their ratios from the same step, in the median: 0.5, 0.75 and 0.8 before the fine-tune, 1 at its end."""
+    for settled, *proxy in ((2.0, 1.0), (1.0, 0.75), (1.0, 0.8), (0.0, 0.0)):
+        trial = study.ask()
+        scorer = Told(evaluation(settled), *map(evaluation, proxy))
+        study.tell(trial, score(trial, plan, scorer, None, seed=SEED))
+    ended = study.get_trials()
+    assert score(study.ask(), plan, Told(evaluation(4.0)), None, ended, seed=SEED) == 3.0
+    assert foretold(4.0, 0, ended) == 3.0
+    assert foretold(4.0, 1, ended) == 4.0
+    assert foretold(4.0, 2, ended) == 4.0
+    trial = study.ask()
+    trial.set_constraint("macs", 0.25)
+    assert overstepped(trial, plan.replaced, Told(evaluation(2.0)), ended) == 1.5
+
+
 def test_a_trial_that_diverges_has_no_objective(study, plan):
     """Also if it did not at first."""
     lost = Evaluation(math.nan, math.nan, math.nan, 0)
-    for evaluations in ((lost,), (evaluation(1.0), lost), ()):
+    for evaluations in ((lost,), (evaluation(1.0), lost), (evaluation(1.0), evaluation(1.0), lost)):
         trial = study.ask()
-        assert score(trial, plan, Told(evaluation(1.0), *evaluations), None, seed=SEED) is None
+        assert score(trial, plan, Told(*evaluations), None, seed=SEED) is None
         assert outcome(trial, None) == "pruned"
 
 
