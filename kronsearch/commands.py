@@ -40,7 +40,7 @@ def run(settings: Settings) -> None:
     spec = _needed(settings.model, "--model")
     budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
-    from kronsearch.search.progress import ignore
+    from kronsearch.progress import ignore
     from kronsearch.search.run import search
 
     if not settings.debug:
@@ -95,7 +95,7 @@ def sweep(settings: Settings) -> None:
     }
     budgets(**asked)  # what can't be read needs no torch to be told
 
-    from kronsearch.search.progress import ignore
+    from kronsearch.progress import ignore
     from kronsearch.search.sweep import sweep
 
     device = _device(settings)
@@ -181,7 +181,7 @@ def finetune(path: Path, settings: Settings) -> None:
 
     from kronsearch.finetuning.run import finetune
     from kronsearch.models.apply import stored_plan
-    from kronsearch.search.progress import ignore
+    from kronsearch.progress import ignore
     from kronsearch.training.team import joined
 
     leads = joined().leads

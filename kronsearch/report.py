@@ -16,7 +16,7 @@ from kronsearch.plan import Plan
 if TYPE_CHECKING:
     from kronsearch.models.bench import Timing
     from kronsearch.models.profile import ModelCost
-    from kronsearch.search.progress import Phase
+    from kronsearch.progress import Phase
     from kronsearch.search.summary import Summary
     from kronsearch.search.sweep import Front
     from kronsearch.training.evaluate import Evaluation

@@ -13,7 +13,7 @@ from kronsearch.budget import Budget, format_count, parse_amount
 from kronsearch.report import duration, one_line
 
 if TYPE_CHECKING:
-    from kronsearch.search.progress import Phase, Progress
+    from kronsearch.progress import Phase, Progress
 
 __all__ = ["SearchView"]
 

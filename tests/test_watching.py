@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from kronsearch.budget import Budget
+from kronsearch.progress import Progress
 from kronsearch.report import console_for
-from kronsearch.search.progress import Progress
 from kronsearch.watching import SearchView
 
 

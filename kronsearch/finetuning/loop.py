@@ -7,16 +7,18 @@ from pathlib import Path
 
 from kronsearch.errors import TrainingError
 from kronsearch.finetuning.record import Record, Row, save_log, save_record
+from kronsearch.finetuning.validation import Validation
 from kronsearch.models.apply import save_compressed
 from kronsearch.plan import Plan
-from kronsearch.search.score import Scorer
 from kronsearch.training.data import train_batch_count
 from kronsearch.training.evaluate import Evaluation, within_error
 from kronsearch.training.finetune import StepReport, Trainer
 
-__all__ = ["CHECKPOINT", "COMPRESSED", "LOG", "Loop", "supersedes"]
+__all__ = ["CHECKPOINT", "COMPRESSED", "LOG", "Loop", "Tell", "supersedes"]
 
 COMPRESSED, CHECKPOINT, LOG = "compressed.safetensors", "checkpoint.safetensors", "log.csv"
+Tell = Callable[[int, int, str, float | None], None]
+
 _TELL = 10  # steps between two reports of progress
 _SAVE_SECONDS = 120.0  # at the most between two checkpoints, and a step
 
@@ -41,10 +43,11 @@ class Loop:
     Args:
         trainer: which may have begun already.
         record: what is known of that.
-        scorer: of the dense network and the data.
+        validation: of the data, beside the dense network.
         plan: of the network.
         out: where files are written to; None in all processes but the first.
-        tell: is called with the number of steps done, the best score so far where it is news, and a few words.
+        tell: is called with the number of steps done and that of all, a few words, and the best score so far where it
+            is news.
     """
 
     def __init__(
@@ -52,13 +55,13 @@ class Loop:
         trainer: Trainer,
         record: Record,
         *,
-        scorer: Scorer,
+        validation: Validation,
         plan: Plan,
         out: Path | None,
-        tell: Callable[[int, float | None, str], None],
+        tell: Tell,
     ) -> None:
         self.trainer, self.record, self.plan, self.out, self.tell = trainer, record, plan, out, tell
-        self.scorer, self.data = scorer, scorer.data
+        self.validation, self.data = validation, validation.data
         self._began = time.monotonic() - record.seconds
 
     def run(self) -> Record:
@@ -70,6 +73,8 @@ class Loop:
         trainer = self.trainer
         per_epoch = train_batch_count(self.data.size("train"), trainer.settings.batch_size)
         saved = time.monotonic()
+        kept = self.record.kept
+        self.tell(trainer.step, trainer.total_steps, "", None if kept is None else kept.metric)
         while trainer.step < trainer.total_steps:
             epoch_ends = min((trainer.step // per_epoch + 1) * per_epoch, trainer.total_steps)
             # in the same portions however often it is resumed
@@ -77,7 +82,7 @@ class Loop:
             report = trainer.advance(portion)
             self._check(report, report.loss)
             self._add(losses=_sum(self.record.losses, report.loss, portion))
-            self.tell(report.step, None, f"loss {report.loss:.4f}")
+            self.tell(report.step, report.total_steps, f"loss {report.loss:.4f}", None)
             if trainer.step == epoch_ends and self.out is not None:
                 self._evaluate(report, trainer.step / per_epoch, self.out)
             if self.out is not None and (trainer.step == epoch_ends or time.monotonic() - saved > _SAVE_SECONDS):
@@ -101,7 +106,7 @@ class Loop:
         # with the running statistics of batch norms: re-estimated ones were no better (0.0546 against 0.0544 of
         # divergence for ResNet-20 at a third of the MACs after one epoch)
         small = self.trainer.result
-        found, kept = self.scorer.validate(small), self.record.kept
+        found, kept = self.validation(small), self.record.kept
         self._check(report, found.metric, found.loss, found.divergence or 0.0)
         better = supersedes(
             found, None if kept is None else kept.evaluation, higher_is_better=self.data.task.higher_is_better
@@ -124,7 +129,8 @@ class Loop:
         self._add(log=(*self.record.log, row), losses=(0.0, 0))
         save_log(self.record, self.data.task.metric_name, out / LOG)
         best = row if better or kept is None else kept
-        self.tell(report.step, best.metric, f"epoch {epoch:g} scored {row.metric:.4f}, loss {row.loss:.4f}")
+        words = f"epoch {epoch:g} scored {row.metric:.4f}, loss {row.loss:.4f}"
+        self.tell(report.step, report.total_steps, words, best.metric)
 
 
 def _sum(losses: tuple[float, int], mean: float, steps: int) -> tuple[float, int]:

@@ -1,24 +1,25 @@
 """From the winning trial to the network that is handed over."""
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from optuna.trial import FrozenTrial
 from torch import nn
 
-from kronsearch.errors import ModelError, StudyError
-from kronsearch.models.apply import is_compressed, save_compressed, stored_plan
+from kronsearch.errors import KronsearchError, ModelError, StudyError, TrainingError
+from kronsearch.finetuning.course import Course, Start, long_settings
+from kronsearch.finetuning.loop import Tell
+from kronsearch.finetuning.validation import Validation
+from kronsearch.models.apply import is_compressed, stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score, parse_plan
-from kronsearch.search.score import Scorer
 from kronsearch.search.study import PLAN, SCORE
 from kronsearch.training.data import Data
-from kronsearch.training.evaluate import Evaluation, evaluate
-from kronsearch.training.finetune import StepReport
 
-__all__ = ["final_plan", "finish", "is_done", "tested"]
+__all__ = ["check_cost", "final_plan", "is_done", "tuned"]
 
 
 def final_plan(best: FrozenTrial, study: str, data: Data | None) -> Plan:
@@ -40,43 +41,59 @@ def is_done(path: Path, plan: Plan, epochs: float) -> bool:
     return kept == plan and read_metadata(path).get("epochs") == str(epochs)
 
 
-def finish(
-    small: nn.Module,
-    plan: Plan,
-    scorer: Scorer | None,
-    *,
-    epochs: float,
-    seed: int,
-    path: Path | None,
-    tell: Callable[[StepReport], None],
-) -> None:
-    """Fine-tune the network of a plan in place, once its cost is what was counted, and write it.
-
-    Raises:
-        ModelError: it is not.
-        StudyError: the fine-tune diverged.
-    """
+def check_cost(small: nn.Module, plan: Plan) -> None:
+    """Raise ModelError unless the network of a plan costs what was counted."""
     measured = profile_model(small, input_shape=plan.input_shape)
     if (measured.macs, measured.params) != (plan.compressed.macs, plan.compressed.params):
         raise ModelError(
             f"the applied plan has {measured.macs} MACs and {measured.params} params by fvcore, but was counted as "
             f"{plan.compressed.macs} and {plan.compressed.params}: this is a bug, please report the model"
         )
-    if scorer is not None and epochs > 0 and not scorer.final(small, epochs, seed, tell):
-        raise StudyError(
-            f"the final fine-tune of {epochs} epochs diverged: run the same line again with other --final-epochs"
-        )
-    if path is not None:
-        save_compressed(small, plan, path, epochs=epochs)
 
 
-def tested(
-    dense: nn.Module, small: nn.Module, data: Data, device: torch.device | str, tell: Callable[[int], None]
-) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the dense and the compressed network on the test split; `tell` is called with how many are done."""
-    tell(0)
-    first = evaluate(dense, data, "test", device=device)
-    tell(1)
-    second = evaluate(small, data, "test", device=device)
-    tell(2)
-    return first, second
+def tuned(
+    dense: nn.Module,
+    start: Start,
+    validation: Validation,
+    *,
+    epochs: float,
+    seed: int,
+    out: Path | None,
+    device: torch.device | str,
+    tell: Tell,
+) -> tuple[nn.Module, float]:
+    """Fine-tune the winner as `finetune` does, and go on where that was cut off.
+
+    Args:
+        dense: the teacher, on `device`.
+        start: the winner.
+        validation: of the data.
+        epochs: how long.
+        seed: of everything random.
+        out: folder for the state of the fine-tune; what is there of another winner or of other settings is written
+            over. None keeps nothing.
+        device: to run on.
+        tell: see `Loop`.
+
+    Returns:
+        The best network by the validation score, and the seconds of training in this call.
+
+    Raises:
+        StudyError: the loss is no longer finite.
+    """
+    data = validation.data
+    with TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        settings = long_settings(data, epochs=epochs)
+        course = Course(dense, start, data, settings, out=Path(folder), device=device, seed=seed)
+        try:
+            found = course.found()
+        except KronsearchError:
+            found = None
+        try:
+            ended = course.run(found, validation, tell)
+        except TrainingError as error:
+            raise StudyError(
+                f"the final fine-tune of {epochs:g} epochs failed ({error}): run the same line again with other "
+                "--final-epochs"
+            ) from error
+    return ended.network, ended.seconds

@@ -15,11 +15,11 @@ from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_
 from kronsearch.errors import StudyError
 from kronsearch.files import make_folder, replacing
 from kronsearch.plan import Plan, save_plan
+from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.decoders import new_decoder
 from kronsearch.search.draft import Draft
 from kronsearch.search.finish import final_plan
 from kronsearch.search.pace import Pace
-from kronsearch.search.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace

@@ -1,40 +1,38 @@
-"""Scoring a plan on the validation split after a short proxy fine-tune, and the long fine-tune of the winner."""
+"""Scoring a plan on the validation split, before and after a short proxy fine-tune."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kronsearch.finetuning.validation import Validation
 from kronsearch.models.apply import factorise, replace_layers, settle, stream
 from kronsearch.plan import Decomposition
-from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
-from kronsearch.training.evaluate import Evaluation, evaluate, outputs
+from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.finetune import StepReport, finetune_steps
-from kronsearch.training.precision import KERNELS, precision_for
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
 __all__ = ["Scorer"]
 
 _PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
 _REPORTS = 2  # scores of a proxy fine-tune, at which it may be pruned
-_VALIDATION = 2_500  # validation images at the most
-_VALIDATION_BATCH = 125  # small, so that the score's standard error comes from many batches
-_TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 _KEPT = 2**30  # bytes of factors that are kept between trials
-_SETTLING_IMAGES = 10_000  # after the final fine-tune, whose running averages are of a few batches
-_PROXY, _FINAL = 11, 12  # streams of random numbers
+_PROXY = 11  # stream of random numbers
 
 
 class Scorer:
-    """A dense network, its data, and what is kept between trials; `tuning` is how many seconds it has trained for.
+    """A dense network, its data, and what is kept between trials.
+
+    `validate` evaluates on the validation split, `tuning` is how many seconds it has trained for.
 
     Args:
         dense: the network, on `device`; it is the teacher, and is never changed.
@@ -53,19 +51,9 @@ class Scorer:
         device: torch.device | str,
     ) -> None:
         self.dense, self.data, self.metrics, self.settings, self.device = dense, data, metrics, settings, device
-        self._precision = precision_for(device)
+        self.validate = Validation(dense, data, device)
         self.tuning = 0.0
         self._factorised: dict[tuple[str, SeKronSpec], SeKronLayer] = {}
-        self._teacher = self._teacher_outputs()
-
-    def _teacher_outputs(self) -> Tensor | None:
-        """Return the dense network's outputs on the validation images, None where they would fill the memory."""
-
-        def taken(limit: int) -> Tensor:
-            return outputs(self.dense, self.data, "val", limit=limit, device=self.device, precision=self._precision)
-
-        fits = taken(1).numel() * min(_VALIDATION, self.data.size("val")) <= _TEACHER_ENTRIES
-        return taken(_VALIDATION) if fits else None
 
     def build(self, specs: Mapping[str, SeKronSpec]) -> nn.Module:
         """Return the network with these layers replaced and its batch norms re-estimated; as `apply_plan` with data."""
@@ -82,46 +70,20 @@ class Scorer:
             self._factorised[key] = factorise(self.dense.get_submodule(name), spec, self.metrics.get(name))
         return self._factorised[key]
 
-    def validate(self, model: nn.Module) -> Evaluation:
-        """Evaluate on (a fixed subset of) the validation split."""
-        with kernels_formed(model, KERNELS[self._precision]):
-            return evaluate(
-                model,
-                self.data,
-                "val",
-                teacher_outputs=self._teacher,
-                limit=_VALIDATION,
-                batch_size=_VALIDATION_BATCH,
-                device=self.device,
-                precision=self._precision,
-            )
-
     def proxy(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
         """Fine-tune a little, in place, and yield an evaluation now and then; the last is the score.
 
         Every call with one seed sees the same images in the same order. If the loss is no longer finite, neither is the
         last evaluation.
         """
-        settings, steps = self._settings(_PROXY_IMAGES / self.data.size("train"))
+        settings = TrainSettings(epochs=_PROXY_IMAGES / self.data.size("train"))
+        steps = total_steps(settings, self.data.size("train"))
+        settings = replace(settings, lr=default_rate(steps))
         for report in self._finetune(model, settings, stream(seed, _PROXY), math.ceil(steps / _REPORTS)):
             if not math.isfinite(report.loss):
                 yield Evaluation(math.nan, report.loss, math.nan, 0)
                 return
             yield self.validate(model)
-
-    def final(self, model: nn.Module, epochs: float, seed: int, watch: Callable[[StepReport], None]) -> bool:
-        """Fine-tune for so many epochs and re-estimate batch norms, in place; return whether the loss stayed finite."""
-        for report in self._finetune(model, self._settings(epochs)[0], stream(seed, _FINAL), 10):
-            if not math.isfinite(report.loss):
-                return False
-            watch(report)
-        settle(model, self.data, images=_SETTLING_IMAGES, seed=self.settings.seed, device=self.device)
-        return True
-
-    def _settings(self, epochs: float) -> tuple[TrainSettings, int]:
-        """Return how to fine-tune for so many epochs, and the number of steps."""
-        steps = total_steps(TrainSettings(epochs=epochs), self.data.size("train"))
-        return TrainSettings(epochs=epochs, lr=default_rate(steps)), steps
 
     def _finetune(
         self, model: nn.Module, settings: TrainSettings, generator: torch.Generator, every: int

@@ -11,9 +11,9 @@ from kronsearch.errors import ModelError
 from kronsearch.models.profile import profile_model
 from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
+from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.prepare import Prepared, measure, tabulate
-from kronsearch.search.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.reach import replaceable
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space

@@ -14,11 +14,11 @@ from kronsearch.choices import SensitivityName
 from kronsearch.errors import BudgetError
 from kronsearch.files import make_folder, replacing
 from kronsearch.plan import Latency, Plan, PlanBudget, save_plan
+from kronsearch.progress import Watcher, ignore
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.draft import Draft
 from kronsearch.search.pace import Pace, specs_of
-from kronsearch.search.progress import Watcher, ignore
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting

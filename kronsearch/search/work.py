@@ -9,14 +9,16 @@ from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Limits
-from kronsearch.models.apply import apply_plan, load_compressed
+from kronsearch.finetuning.course import APPLIED, Start
+from kronsearch.finetuning.validation import tested
+from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Latency, Plan
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem
 from kronsearch.search.decoders import Decoder
 from kronsearch.search.draft import Draft
-from kronsearch.search.finish import finish, is_done, tested
+from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
@@ -24,11 +26,11 @@ from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
-from kronsearch.training.finetune import StepReport
 
 __all__ = ["Work"]
 
 _REVISION = 2  # of how trials are measured: those of another can't be compared
+_FINAL = "final"  # folder for the state of the final fine-tune
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
@@ -48,6 +50,7 @@ class Work:
         self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
         self._waited: int | None = None
+        self._final_seconds = 0.0
 
     @property
     def higher_is_better(self) -> bool:
@@ -90,7 +93,7 @@ class Work:
     @property
     def tuning(self) -> float:
         """Seconds in which a network was trained."""
-        return 0.0 if self._scorer is None else self._scorer.tuning
+        return self._final_seconds + (0.0 if self._scorer is None else self._scorer.tuning)
 
     def _scorer_with(self, prepared: Prepared) -> Scorer | None:
         if self.data is None:
@@ -160,8 +163,28 @@ class Work:
         if path is not None and is_done(path, plan, epochs):
             return load_compressed(self.dense, path, plan).to(self.device)
         scorer = self.scorer()
-        small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
-        finish(small, plan, scorer, epochs=epochs, seed=self.draft.seed, path=path, tell=self._tell_final)
+
+        def build() -> nn.Module:
+            small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
+            check_cost(small, plan)
+            return small
+
+        if scorer is None or epochs == 0:
+            small = build()
+        else:
+            small, seconds = tuned(
+                self.dense,
+                Start(plan, APPLIED, build),
+                scorer.validate,
+                epochs=epochs,
+                seed=self.draft.seed,
+                out=None if folder is None else folder / _FINAL,
+                device=self.device,
+                tell=lambda done, total, words, best: self.subject.tell("final", done, total, words, best=best),
+            )
+            self._final_seconds = seconds
+        if path is not None:
+            save_compressed(small, plan, path, epochs=epochs)
         return small
 
     def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:
@@ -169,6 +192,3 @@ class Work:
         if self.data is None:
             return None, None
         return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
-
-    def _tell_final(self, report: StepReport) -> None:
-        self.subject.tell("final", report.step, report.total_steps, f"loss {report.loss:.4f}")

@@ -9,7 +9,7 @@ import sys
 import time
 
 import kronsearch as ks
-from kronsearch.finetuning.run import long_settings
+from kronsearch.finetuning.course import long_settings
 from kronsearch.models.apply import stream
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import train_batch_count

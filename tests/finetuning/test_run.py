@@ -8,7 +8,7 @@ import torch
 import kronsearch as ks
 from kronsearch.errors import CheckpointError, TrainingError
 from kronsearch.finetuning import loop
-from kronsearch.finetuning.run import long_settings
+from kronsearch.finetuning.course import long_settings
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
 from kronsearch.training.evaluate import evaluate, outputs

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import optuna
 import pandas as pd
@@ -79,6 +80,7 @@ def test_files_hold_what_the_result_does(found, digits_model):
     assert sorted(path.name for path in result.out.iterdir()) == [
         "cache",
         "compressed.safetensors",
+        "final",
         "plan.json",
         "study.db",
         "trials.csv",
@@ -99,6 +101,44 @@ def test_the_plan_applied_with_data_is_what_the_search_scored(found, digits_mode
     mine, theirs = applied.state_dict(), untuned.model.state_dict()
     for name, value in mine.items():
         assert torch.allclose(value.double(), theirs[name].double(), rtol=1e-4, atol=1e-5), name
+
+
+def test_the_final_fine_tune_is_what_finetune_does(found, digits_model, digits_data, tmp_path):
+    result, _ = found
+    tuned = ks.finetune(digits_model, result.plan, digits_data, epochs=0.5, out=tmp_path)
+    mine, theirs = result.model.state_dict(), tuned.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_final_fine_tune_that_is_cut_off_goes_on(found, digits_model, digits_data, tmp_path):
+    """What lies there of one with other settings is not gone on with."""
+    result, _ = found
+    steps = []
+
+    def again(out, stop=None):
+        def watch(step):
+            if step.phase == "final":
+                steps.append(step.done)
+            if step.phase == "final" and stop is not None and step.done > stop:
+                raise InterruptedError
+
+        return ks.search(digits_model, digits_data, out=out, final_epochs=3, **SETTINGS, watch=watch)
+
+    for name in ("whole", "cut"):
+        shutil.copytree(result.out, tmp_path / name)
+    whole = again(tmp_path / "whole")
+    assert steps[0] == 0
+    an_epoch, last = steps[-1] // 3, steps[-1]
+    with pytest.raises(InterruptedError):
+        again(tmp_path / "cut", stop=an_epoch)
+    steps.clear()
+    cut = again(tmp_path / "cut")
+    assert (steps[0], steps[-1]) == (an_epoch, last)
+    mine, theirs = cut.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    steps.clear()
+    again(tmp_path / "cut")
+    assert steps == []
 
 
 def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(found):

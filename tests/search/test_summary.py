@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from kronsearch.search.progress import PhaseClock, Progress
+from kronsearch.progress import PhaseClock, Progress
 from kronsearch.search.summary import Agreement, summarise
 
 
