@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kronsearch.models.loading import load_model
     from kronsearch.models.profile import ModelCost, profile_model
     from kronsearch.plan import Plan, load_plan, save_plan
+    from kronsearch.search.frontier import ScoredFront, search_front
     from kronsearch.search.run import SearchResult, search
     from kronsearch.search.space import SearchSpace, load_space
     from kronsearch.search.sweep import Front, sweep
@@ -36,6 +37,7 @@ __all__ = [
     "KronsearchError",
     "ModelCost",
     "Plan",
+    "ScoredFront",
     "SeKronSpec",
     "SearchResult",
     "SearchSpace",
@@ -50,6 +52,7 @@ __all__ = [
     "profile_model",
     "save_plan",
     "search",
+    "search_front",
     "sweep",
 ]
 
@@ -63,6 +66,7 @@ _HOMES = {
     "KronsearchError": "errors",
     "ModelCost": "models.profile",
     "Plan": "plan",
+    "ScoredFront": "search.frontier",
     "SeKronSpec": "sekron.spec",
     "SearchResult": "search.run",
     "SearchSpace": "search.space",
@@ -77,6 +81,7 @@ _HOMES = {
     "profile_model": "models.profile",
     "save_plan": "plan",
     "search": "search.run",
+    "search_front": "search.frontier",
     "sweep": "search.sweep",
 }
 

@@ -7,7 +7,17 @@ from itertools import product
 
 from kronsearch.errors import BudgetError
 
-__all__ = ["Amount", "Budget", "Limits", "budgets", "format_cost", "format_count", "parse_amount"]
+__all__ = [
+    "Amount",
+    "Budget",
+    "Limits",
+    "Span",
+    "budgets",
+    "format_cost",
+    "format_count",
+    "parse_amount",
+    "read_span",
+]
 
 _COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _COSTS = {"flops": "macs", "params": "params", "latency": "latency"}  # what limits call the costs of a budget
@@ -127,6 +137,61 @@ def parse_amount(amount: str | int, *, name: str) -> Amount:
     return read
 
 
+@dataclass(frozen=True)
+class Span:
+    """The budgets between two ends, of which one cost's bound differs.
+
+    Args:
+        cost: `flops` or `params`: the cost whose bound differs.
+        low: the smallest bound.
+        high: the largest.
+        fixed: the other cost's bound, as the user wrote it; None where there is none.
+    """
+
+    cost: str
+    low: str
+    high: str
+    fixed: str | int | None
+
+    def at(self, place: float) -> Budget:
+        """Return the budget at a place from 0, the smallest, to 1, the largest; even steps are even ratios."""
+        low, high = (parse_amount(amount, name=self.cost) for amount in (self.low, self.high))
+        value = float(low.value) * float(high.value / low.value) ** place
+        between = f"{100 * value:.2f}%" if low.relative else str(int(value))
+        amount = self.low if place <= 0 else self.high if place >= 1 else between
+        other = "params" if self.cost == "flops" else "flops"
+        return Budget(**{self.cost: amount, other: self.fixed})  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Write it as budgets are written, such as `flops 25%:90%, params 60%`."""
+        other = "params" if self.cost == "flops" else "flops"
+        bounds = {self.cost: f"{self.low}:{self.high}", other: self.fixed}
+        return ", ".join(f"{name} {bounds[name]}" for name in ("flops", "params") if bounds[name] is not None)
+
+
+def read_span(*, flops: str | int | None = None, params: str | int | None = None) -> Span:
+    """Return the budgets of a search for a front: exactly one of the costs has two ends, such as `25%:90%`.
+
+    Raises:
+        BudgetError: none or both have, or one can't be read.
+    """
+    given = {"flops": flops, "params": params}
+    spans = [name for name, written in given.items() if ":" in str(written)]
+    if len(spans) != 1:
+        raise BudgetError(
+            f"{'none' if not spans else 'each'} of the budgets of flops and params has two ends: the front is searched "
+            "between two of one, such as --budget-flops 25%:90%"
+        )
+    cost = spans[0]
+    low, high, *more = [part.strip() for part in str(given[cost]).split(":")]
+    if more:
+        raise BudgetError(f"budgets of {cost} {given[cost]} can't be read: write FROM:TO, such as 25%:90%")
+    _check_ends(low, high, cost, str(given[cost]))
+    span = Span(cost, low, high, given["params" if cost == "flops" else "flops"])
+    span.at(0)  # reads the other bound
+    return span
+
+
 def budgets(
     *, flops: str | int | None = None, params: str | int | None = None, latency: str | None = None
 ) -> list[Budget]:
@@ -175,12 +240,7 @@ def _spaced(text: str, name: str) -> list[str]:
         raise BudgetError(
             f"budgets of {name} {text} can't be read: write FROM:TO:HOW MANY, such as 25%:90%:20, with 2 to {_MOST}"
         )
-    low, high = parse_amount(first, name=name), parse_amount(last, name=name)
-    if low.relative != high.relative or low.value >= high.value:
-        raise BudgetError(
-            f"budgets of {name} {text} go nowhere: both ends are counts, or both parts of the dense model's, and the "
-            "first is the smaller one"
-        )
+    low, high = _check_ends(first, last, name, text)
     step = (high.value - low.value) / (int(count) - 1)
     between = [low.value + step * place for place in range(1, int(count) - 1)]
     return [
@@ -188,6 +248,16 @@ def _spaced(text: str, name: str) -> list[str]:
         *(f"{round(float(100 * value), 2):g}%" if low.relative else _absolute(int(value), name) for value in between),
         last,
     ]
+
+
+def _check_ends(first: str, last: str, name: str, text: str) -> tuple[Amount, Amount]:
+    low, high = parse_amount(first, name=name), parse_amount(last, name=name)
+    if low.relative != high.relative or low.value >= high.value:
+        raise BudgetError(
+            f"budgets of {name} {text} go nowhere: both ends are counts, or both parts of the dense model's, and the "
+            "first is the smaller one"
+        )
+    return low, high
 
 
 def _absolute(value: int, name: str) -> str:

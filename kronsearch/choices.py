@@ -4,9 +4,10 @@ from typing import Literal, get_args
 
 from kronsearch.errors import StudyError
 
-__all__ = ["DecoderName", "SamplerName", "SensitivityName", "check_choices"]
+__all__ = ["DecoderName", "ObjectiveName", "SamplerName", "SensitivityName", "check_choices"]
 
 DecoderName = Literal["allocate", "direct"]
+ObjectiveName = Literal["score", "pareto"]
 SamplerName = Literal["gp", "tpe", "cmaes", "random"]
 SensitivityName = Literal["measured", "fisher", "inputs", "absolute", "plain"]
 _CHOICES = {

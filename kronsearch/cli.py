@@ -108,6 +108,14 @@ def run(
         typer.Option("--sampler", metavar="NAME", help="What proposes it: gp, tpe, cmaes or random [default: gp]"),
     ] = None,
     sensitivity: Sensitivity = None,
+    objective: Annotated[
+        Words,
+        typer.Option(
+            "--objective",
+            metavar="NAME",
+            help="score, or pareto: score against cost between two budgets [default: score]",
+        ),
+    ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
     timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
     storage: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kronsearch.budget import Budget, budgets
+from kronsearch.budget import Budget, budgets, read_span
 from kronsearch.config import CONFIG_FILE, OptionError, Settings
 from kronsearch.plan import Plan, load_plan
 from kronsearch.report import (
@@ -23,6 +23,7 @@ from kronsearch.report import (
     latency,
     plan_report,
     profile_report,
+    scored_front,
     times,
 )
 from kronsearch.watching import SearchView
@@ -37,6 +38,9 @@ __all__ = ["apply", "bench", "evaluate", "finetune", "profile", "run", "show", "
 
 def run(settings: Settings) -> None:
     """Search for the best plan under a budget, and compare dense and compressed network."""
+    if settings.objective == "pareto":
+        _run_front(settings)
+        return
     spec = _needed(settings.model, "--model")
     budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
@@ -83,6 +87,59 @@ def run(settings: Settings) -> None:
         console.print(gain(result.summary, metric))
     console.print(times(result.seconds, result.tuning), soft_wrap=True)
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
+
+
+def _run_front(settings: Settings) -> None:
+    """Search for the front of score and cost between two budgets, and show it."""
+    spec = _needed(settings.model, "--model")
+    span = read_span(flops=settings.budget_flops, params=settings.budget_params)
+    for name, given in (
+        ("--budget-latency", settings.budget_latency is not None),
+        ("--decoder direct", settings.decoder == "direct"),
+        ("--input-shape", settings.input_shape is not None),
+    ):
+        if given:
+            raise OptionError(f"{name} does not go with --objective pareto: leave it out")
+
+    from kronsearch.progress import ignore
+    from kronsearch.search.frontier import search_front
+
+    if not settings.debug:
+        logging.getLogger("optuna").setLevel(logging.ERROR)
+    device = _device(settings)
+    model = _load_model(settings, spec)
+    data = _load_data(settings, None)
+    if data is None:
+        raise OptionError("no --data given to score plans on: pass it, or take `kronsearch sweep`, which needs none")
+    view = SearchView(console_for(sys.stderr), None, timeout=settings.timeout)
+    with nullcontext() if settings.quiet else view:
+        found = search_front(
+            model,
+            data,
+            flops=settings.budget_flops,
+            params=settings.budget_params,
+            sampler=settings.sampler,
+            sensitivity=settings.sensitivity,
+            trials=settings.trials,
+            timeout=settings.timeout,
+            space=settings.space,
+            storage=settings.storage,
+            study=settings.study,
+            out=settings.out,
+            cache=settings.cache,
+            device=device,
+            seed=settings.seed,
+            latency_batch=settings.latency_batch,
+            latency_threads=settings.latency_threads,
+            allow_slower=settings.allow_slower,
+            model_spec=spec,
+            model_args=settings.model_args,
+            watch=ignore if settings.quiet else view,
+        )
+    console = console_for()
+    console.print(scored_front(found, str(span), data.task.metric_name))
+    console.print(times(found.seconds, found.tuning), soft_wrap=True)
+    console.print(f"written to {found.out}: front.csv, plans/, trials.csv", soft_wrap=True)
 
 
 def sweep(settings: Settings) -> None:

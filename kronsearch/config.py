@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
-from kronsearch.choices import DecoderName, SamplerName, SensitivityName
+from kronsearch.choices import DecoderName, ObjectiveName, SamplerName, SensitivityName
 from kronsearch.errors import KronsearchError
 from kronsearch.yamlfile import read_yaml
 
@@ -99,6 +99,7 @@ class Settings(BaseModel):
     space: str = "default"
     decoder: DecoderName = "allocate"
     sampler: SamplerName = "gp"
+    objective: ObjectiveName = "score"
     sensitivity: SensitivityName = "measured"
     trials: Annotated[int, Field(ge=1)] = 20
     timeout: Annotated[float, BeforeValidator(_seconds)] | None = None

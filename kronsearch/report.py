@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kronsearch.budget import format_count
-from kronsearch.plan import Plan
+from kronsearch.plan import Plan, PlanBudget
 
 if TYPE_CHECKING:
     from kronsearch.models.bench import Timing
     from kronsearch.models.profile import ModelCost
     from kronsearch.progress import Phase
+    from kronsearch.search.frontier import ScoredFront
     from kronsearch.search.summary import Summary
     from kronsearch.search.sweep import Front
     from kronsearch.training.evaluate import Evaluation
@@ -34,6 +35,7 @@ __all__ = [
     "one_line",
     "plan_report",
     "profile_report",
+    "scored_front",
     "times",
 ]
 
@@ -172,10 +174,8 @@ def front(found: "Front") -> RenderableType:
     table = _table("budget", numbers=numbers, last="plan")
     for point in points:
         plan, gap = point.plan, point.plan.provenance.gap or 0.0
-        budget = plan.budget
-        bounds = (("flops", budget.flops), ("params", budget.params), ("latency", budget.latency))
         table.add_row(
-            one_line(", ".join(f"{name} {written}" for name, written in bounds if written is not None)),
+            _bounds(plan.budget),
             format_count(plan.compressed.macs),
             format_count(plan.compressed.params),
             *([_took(plan)] if timed else []),
@@ -186,6 +186,34 @@ def front(found: "Front") -> RenderableType:
         )
     told = f"The dense network has {format_count(dense.macs)} MACs and {format_count(dense.params)} params."
     return Group(table, Text(f"{told} The weighed error is what was made smallest, to the proven gap."))
+
+
+def scored_front(found: "ScoredFront", span: str, metric: str) -> RenderableType:
+    """Return the points of a search for a front."""
+    dense = found.points[0].plan.dense
+    table = _table("budget", numbers=("MACs", "params", metric, "divergence", "trial"), last="plan")
+    for point in found.points:
+        cost, budget, measured = point.plan.compressed, point.plan.budget, point.measured
+        divergence = measured.get("divergence")
+        table.add_row(
+            _bounds(budget),
+            f"{format_count(cost.macs)}, {cost.macs / dense.macs:.1%}",
+            f"{format_count(cost.params)}, {cost.params / dense.params:.1%}",
+            f"{measured['score']:.4f} ± {measured['error']:.4f}",
+            "" if divergence is None else f"{divergence:.4g}",
+            str(point.plan.provenance.trial),
+            one_line(point.name),
+        )
+    told = (
+        f"{len(found.points)} of {len(found.trials)} trials between {span} are on the front. Scores are of the "
+        "validation split after a proxy fine-tune: pass a plan to `kronsearch finetune`."
+    )
+    return Group(table, Text(told))
+
+
+def _bounds(budget: PlanBudget) -> str:
+    bounds = (("flops", budget.flops), ("params", budget.params), ("latency", budget.latency))
+    return one_line(", ".join(f"{name} {written}" for name, written in bounds if written is not None))
 
 
 def _took(plan: Plan) -> str:

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronsearch.budget import Amount, Budget, Limits, budgets, format_cost, format_count, parse_amount
+from kronsearch.budget import (
+    Amount,
+    Budget,
+    Limits,
+    Span,
+    budgets,
+    format_cost,
+    format_count,
+    parse_amount,
+    read_span,
+)
 from kronsearch.errors import BudgetError
 
 UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -252,3 +262,36 @@ def test_limits_hold_what_is_inside():
     assert Limits(latency=7).hold(macs=1, latency=7)
     assert not Limits(latency=7).hold(macs=1, latency=8)
     assert Limits(None, 5, 7).given == {"params": 5, "latency": 7}
+
+
+def test_a_span_has_a_budget_at_every_place():
+    """Even steps are even ratios; the ends are as written."""
+    span = read_span(flops=" 20% : 80%", params="90k")
+    assert span == Span("flops", "20%", "80%", "90k")
+    assert [span.at(place) for place in (0.0, 0.5, 1.0)] == [
+        Budget(flops="20%", params="90k"),
+        Budget(flops="40.00%", params="90k"),
+        Budget(flops="80%", params="90k"),
+    ]
+    assert str(span) == "flops 20%:80%, params 90k"
+    counts = read_span(params="1k:100k")
+    assert [counts.at(place).params for place in (0.0, 0.5, 1.0)] == ["1k", "10000", "100k"]
+    assert str(counts) == "params 1k:100k"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, "none of the budgets of flops and params has two ends"),
+        ({"flops": "30%", "params": 90_000}, "none of the budgets"),
+        ({"flops": "30%:50%", "params": "1k:2k"}, "each of the budgets of flops and params has two ends"),
+        ({"flops": "30%:50%:20"}, "write FROM:TO"),
+        ({"flops": "30%:1G"}, "go nowhere"),
+        ({"flops": "50%:50%"}, "go nowhere"),
+        ({"flops": "30%:"}, "can't be read"),
+        ({"flops": "30%:50%", "params": "many"}, "can't be read"),
+    ],
+)
+def test_what_is_no_span_is_refused(asked, told):
+    with pytest.raises(BudgetError, match=told):
+        read_span(**asked)

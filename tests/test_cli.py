@@ -119,6 +119,81 @@ def test_options_reach_the_search(calls):
     assert result.stderr == ""
 
 
+@pytest.fixture
+def fronts(plan, monkeypatch):
+    """Stand for the search for a front, and collect what it is called with."""
+    called = []
+    double = ModuleType("kronsearch.search.frontier")
+
+    def search_front(*args, **options):
+        called.append((args, options))
+        point = SimpleNamespace(plan=plan, measured={"score": 0.5, "error": 0.25}, name="plans/trial-0.json")
+        return SimpleNamespace(
+            points=(point,), trials=[1, 2, 3], out=Path("there"), seconds={"trials": 9.0}, tuning=3.0
+        )
+
+    double.search_front = search_front  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kronsearch.search.frontier", double)
+    return called
+
+
+FRONT = ("run", "--objective", "pareto", "--model", "m:f", "--data", "digits", "--budget-flops", "25%:90%")
+
+
+def test_options_reach_the_search_for_a_front(calls, fronts):
+    result = invoke(
+        *(*FRONT, "--budget-params", "40%", "--sampler", "tpe", "--sensitivity", "fisher", "--trials", "3", "--quiet"),
+        *("--timeout", "2m", "--space", "spatial", "--storage", "sqlite:///x.db", "--study", "s", "--out", "there"),
+        *("--cache", "kept", "--seed", "5", "--latency-batch", "2", "--allow-slower"),
+    )
+    [(args, options)] = fronts
+    assert options.pop("watch").__name__ == "ignore"
+    assert args == (calls.model, calls.data)
+    assert options == {
+        "flops": "25%:90%",
+        "params": "40%",
+        "sampler": "tpe",
+        "sensitivity": "fisher",
+        "trials": 3,
+        "timeout": 2 * 60.0,
+        "space": "spatial",
+        "storage": "sqlite:///x.db",
+        "study": "s",
+        "out": "there",
+        "cache": "kept",
+        "device": "cpu",
+        "seed": 5,
+        "latency_batch": 2,
+        "latency_threads": 1,
+        "allow_slower": True,
+        "model_spec": "m:f",
+        "model_args": {},
+    }
+    assert "0.5000 ± 0.2500" in result.stdout
+    assert "1 of 3 trials between flops 25%:90%, params 40% are on the front" in " ".join(result.stdout.split())
+    assert "written to there: front.csv, plans/, trials.csv" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        (("--budget-latency", "5ms"), "--budget-latency does not go with --objective pareto"),
+        (("--decoder", "direct"), "--decoder direct does not go with --objective pareto"),
+        (("--input-shape", "1,8,8"), "--input-shape does not go with --objective pareto"),
+        (("--budget-flops", "50%"), "none of the budgets of flops and params has two ends"),
+    ],
+)
+def test_what_a_search_for_a_front_has_not_is_refused(calls, fronts, added, told):
+    assert told in invoke(*FRONT, *added, code=2).stderr
+    assert fronts == []
+
+
+def test_a_search_for_a_front_needs_data(calls, fronts):
+    line = ("run", "--objective", "pareto", "--model", "m:f", "--budget-flops", "25%:90%")
+    assert "no --data given to score plans on" in invoke(*line, code=2).stderr
+    assert fronts == []
+
+
 def test_options_reach_the_sweep(calls, plan, monkeypatch):
     swept = []
     double = ModuleType("kronsearch.search.sweep")

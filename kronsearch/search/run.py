@@ -13,7 +13,7 @@ from torch import nn
 from kronsearch.budget import Budget
 from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices
 from kronsearch.errors import StudyError
-from kronsearch.files import make_folder, replacing
+from kronsearch.files import make_folder
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.decoders import new_decoder
@@ -175,22 +175,7 @@ def search(
     )
     if folder is not None:
         make_folder(folder)
-    wanted = run.wanted(trials)
-    if len(ledger.finished()) < wanted:
-        run.set_problem()
-    run.begin(ledger, wanted)
-    while (done := len(ledger.finished())) < wanted:
-        late = bool(done) and timeout is not None and time.monotonic() - started > timeout
-        trial = None if late else ledger.ask(wanted, run.decoder.given(run.problem))
-        if trial is not None:
-            with ledger.at_work(trial):
-                run.trial(ledger, trial, wanted)
-            if folder is not None:
-                _save_table(ledger.table(), folder)
-        elif others := ledger.others():  # the winner is chosen among all trials, theirs too
-            run.wait(len(others), done, wanted)
-        elif late:
-            break
+    run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
     best = ledger.best()
     if best is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
@@ -198,11 +183,6 @@ def search(
     small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
-        _save_table(ledger.table(), folder)
+        ledger.save_table(folder)
     dense, compressed = run.test(small)
     return SearchResult(plan, small, dense, compressed, ledger.table(), folder, phases.seconds, run.tuning)
-
-
-def _save_table(table: pd.DataFrame, folder: Path) -> None:
-    with replacing(folder / "trials.csv") as path:
-        table.to_csv(path, index=False)

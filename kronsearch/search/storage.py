@@ -29,13 +29,14 @@ _SECRETS = (
 )
 
 
-def open_study(url: str | None, name: str) -> optuna.Study:
-    """Open a study, or make it; what it minimises is one number.
+def open_study(url: str | None, name: str, objectives: int = 1) -> optuna.Study:
+    """Open a study, or make it.
 
     Args:
         url: an SQLAlchemy URL of a database; `journal:///FILE` for a journal (three slashes for a relative path, four
             for an absolute one, as for SQLite); `grpc://HOST:PORT` for Optuna's storage server; None is memory.
         name: of the study in it.
+        objectives: how many numbers it minimises.
 
     Raises:
         StudyError: it can't be opened.
@@ -45,7 +46,7 @@ def open_study(url: str | None, name: str) -> optuna.Study:
             return optuna.create_study(
                 storage=None if url is None else _storage(url),
                 study_name=name,
-                direction="minimize",
+                directions=["minimize"] * objectives,
                 load_if_exists=True,
             )
         except _FAILURES as error:

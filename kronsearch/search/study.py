@@ -1,8 +1,9 @@
 """The Optuna study: opening and resuming it, what a trial is asked for, and telling what came of it."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -11,6 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError, differences
+from kronsearch.files import replacing
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
 from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
@@ -25,6 +27,7 @@ __all__ = [
     "Given",
     "Identity",
     "Study",
+    "objective_of",
     "was_stopped",
 ]
 
@@ -65,6 +68,7 @@ class Study:
         higher_is_better: the direction of the score; the objective is always minimised.
         seed: of the sampler.
         sampler: what proposes parameters, see `new_sampler`.
+        objectives: how many numbers are minimised: with a second one nothing is pruned, and there is no winner.
 
     Raises:
         StudyError: the storage can't be opened, or the study was made with another identity.
@@ -79,11 +83,12 @@ class Study:
         higher_is_better: bool,
         seed: int,
         sampler: SamplerName = "gp",
+        objectives: int = 1,
     ) -> None:
         self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
         self._sampler = sampler
         self._me, self._lookout = new_worker(), Lookout()
-        self._study = open_study(storage, name)
+        self._study = open_study(storage, name, objectives)
         self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
         trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
         known = self._study.user_attrs.get(_IDENTITY)
@@ -107,19 +112,25 @@ class Study:
         return [trial for trial in self.finished() if not was_stopped(trial)]
 
     def best(self) -> FrozenTrial | None:
-        """Return the winner among the trials that came to their end, None if there are none.
+        """Return the winner among the trials that came to their end, None if there are none, or more objectives.
 
         Scores that differ from the best by no more than the standard error of the difference are alike; among those the
         one of least objective wins, which is finer: at half of ResNet-32's MACs the best scores differ by one image in
         2,500. Of equals it is the first.
         """
         sign = -1 if self.higher_is_better else 1
+        if len(self._study.directions) > 1:
+            return None
         ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number))
         if not ranked:
             return None
         best, error = sign * _score(ranked[0]), _error(ranked[0])
         alike = [trial for trial in ranked if within_error(sign * _score(trial) - best, error, _error(trial))]
-        return min(alike, key=lambda trial: trial.value or 0.0)
+        return min(alike, key=lambda trial: objective_of(trial) or 0.0)
+
+    def front(self) -> list[FrozenTrial]:
+        """Return the trials than which none is better in one objective and no worse in the others."""
+        return self._study.best_trials
 
     def ask(self, wanted: int, given: Given) -> Trial | None:
         """Begin a trial that nobody else runs or has run.
@@ -158,9 +169,9 @@ class Study:
         with suppress(optuna.exceptions.UpdateFinishedTrialError), Pulse(trial):
             yield
 
-    def tell(self, trial: Trial, value: float | None) -> bool:
-        """End a trial: with its objective, or as pruned without one; False if another worker has taken it over."""
-        return self._close(trial, TrialState.PRUNED if value is None else TrialState.COMPLETE, value)
+    def tell(self, trial: Trial, *values: float) -> bool:
+        """End a trial: with its objectives, or as pruned without; False if another worker has taken it over."""
+        return self._close(trial, TrialState.COMPLETE if values else TrialState.PRUNED, values or None)
 
     def table(self) -> pd.DataFrame:
         """Return a row for each finished trial: number, state, score, times, parameters, what was measured."""
@@ -172,6 +183,11 @@ class Study:
             row |= {key: value for key, value in trial.user_attrs.items() if key not in _UNTOLD}
             rows.append(row | trial.params)
         return pd.DataFrame(rows)
+
+    def save_table(self, folder: Path) -> None:
+        """Write the table as `trials.csv`."""
+        with replacing(folder / "trials.csv") as path:
+            self.table().to_csv(path, index=False)
 
     def _claim(self, slot: int, given: Mapping[str, float] | None) -> Trial | None:
         """Begin the trial of a slot; None if another worker was first."""
@@ -191,12 +207,17 @@ class Study:
         self._study.sampler = new_sampler(self._sampler, int.from_bytes(digest[:4], "big"))
         return Trial(self._study, mine._trial_id)
 
-    def _close(self, trial: Trial | int, state: TrialState, value: float | None = None) -> bool:
+    def _close(self, trial: Trial | int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """End a trial, unless another worker did; return whether it is in this state now."""
         try:
-            return self._study.tell(trial, value, state=state, skip_if_finished=True).state is state
+            return self._study.tell(trial, values, state=state, skip_if_finished=True).state is state
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
+
+
+def objective_of(trial: FrozenTrial) -> float | None:
+    """Return the objective of a finished trial, the first where there are several; None of one without."""
+    return trial.values[0] if trial.state is TrialState.COMPLETE else None
 
 
 def was_stopped(trial: Trial | FrozenTrial) -> bool:

@@ -5,12 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 from torch import nn
 
 from kronsearch.plan import Plan
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import SCORE, STOPPED, was_stopped
+from kronsearch.search.study import SCORE, STOPPED, objective_of, was_stopped
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.evaluate import Evaluation
 
@@ -50,13 +50,15 @@ def score(
         for key in _MEASURED:
             if key in twin.user_attrs:
                 trial.set_user_attr(key, twin.user_attrs[key])
-        return twin.value if twin.state is TrialState.COMPLETE else None  # else Optuna's is of the last evaluation
+        return objective_of(twin)
     small = scorer.build(plan.replaced)
     settled = _settled(trial, scorer, small)
     for step, last in enumerate(chain([settled], scorer.proxy(small, seed))):
         value = _objective(last)
         if not math.isfinite(value):
             return None
+        if len(trial.study.directions) > 1:  # of such studies Optuna prunes no trial
+            continue
         trial.report(value, step)
         if trial.should_prune():
             trial.set_user_attr(STOPPED, True)
@@ -79,9 +81,9 @@ def foretold(value: float, step: int, ended: Sequence[FrozenTrial]) -> float:
         ended: trials that came to their end.
     """
     parts = [
-        trial.value / by_then
+        final / by_then
         for trial in ended
-        if trial.value is not None and (by_then := trial.intermediate_values.get(step, 0.0)) > 0
+        if (final := objective_of(trial)) is not None and (by_then := trial.intermediate_values.get(step, 0.0)) > 0
     ]
     return value * statistics.median(parts) if parts else value
 

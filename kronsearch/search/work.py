@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,31 @@ from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Study
+from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Given, Study
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
-__all__ = ["Work"]
+__all__ = ["Aim", "Work"]
 
 _REVISION = 2  # of how trials are measured: those of another can't be compared
 _FINAL = "final"  # folder for the state of the final fine-tune
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a trial is about.
+
+    Args:
+        problem: what it chooses from, and within which limits.
+        draft: what its plan says besides its choice.
+        pace: what is asked of latency.
+    """
+
+    problem: Problem
+    draft: Draft
+    pace: Pace
 
 
 class Work:
@@ -81,7 +97,8 @@ class Work:
         """Measure, decompose, and set what the trials are about."""
         prepared = self.subject.prepared()
         candidates, sensitivity = self.subject.tables(prepared)
-        self.problem = self.pace.problem(Problem(self.subject.cost, self.limits, candidates, sensitivity))
+        self.plain = Problem(self.subject.cost, self.limits, candidates, sensitivity)  # but for latency
+        self.problem = self.pace.problem(self.plain)
         self._scorer = self._scorer_with(prepared)
 
     def scorer(self) -> Scorer | None:
@@ -100,6 +117,32 @@ class Work:
             return None
         return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
 
+    def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> None:
+        """Run, or wait for others to run, what is left of a study's trials.
+
+        Args:
+            ledger: their study.
+            trials: how many finished ones there shall be in the end.
+            ends: the moment after which none is begun, by the monotonic clock.
+            folder: for the table of trials, written after each.
+        """
+        wanted = self.wanted(trials)
+        if len(ledger.finished()) < wanted:
+            self.set_problem()
+        self.begin(ledger, wanted)
+        while (done := len(ledger.finished())) < wanted:
+            late = bool(done) and ends is not None and time.monotonic() > ends
+            trial = None if late else ledger.ask(wanted, self.given())
+            if trial is not None:
+                with ledger.at_work(trial):
+                    self.trial(ledger, trial, wanted)
+                if folder is not None:
+                    ledger.save_table(folder)
+            elif others := ledger.others():  # the winner is chosen among all trials, theirs too
+                self.wait(len(others), done, wanted)
+            elif late:
+                break
+
     def begin(self, ledger: Study, wanted: int) -> None:
         """Tell that trials are next."""
         best = ledger.best()
@@ -115,18 +158,19 @@ class Work:
 
     def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
         """Run one trial to its end."""
-        found = self.decoder.decide(trial, self.problem, self.pace)
+        aim = self.aim(trial)
+        found = self.decoder.decide(trial, aim.problem, aim.pace)
         if found is None:
-            ledger.tell(trial, None)
+            ledger.tell(trial)
             done = len(ledger.finished())
             self.subject.tell("trials", done, wanted, f"trial {trial.number} missed the budget of latency")
             return
         allocation, latency = found
-        if self.problem.bounds.hold(**allocation.costs):
-            value = self._scored(ledger, trial, allocation, latency)
+        if aim.problem.bounds.hold(**allocation.costs):
+            value = self._scored(ledger, trial, aim, allocation, latency)
         else:
-            value = overstepped(trial, specs_of(self.problem.candidates, allocation), self.scorer(), ledger.ended())
-        if not ledger.tell(trial, value):
+            value = overstepped(trial, specs_of(aim.problem.candidates, allocation), self.scorer(), ledger.ended())
+        if not ledger.tell(trial, *(() if value is None else self.objectives(value, allocation))):
             return
         best = ledger.best()
         self.subject.tell(
@@ -139,9 +183,25 @@ class Work:
             params=allocation.costs["params"],
         )
 
-    def _scored(self, ledger: Study, trial: Trial, allocation: Allocation, latency: Latency | None) -> float | None:
+    def aim(self, trial: Trial) -> Aim:
+        """Return what a trial is about; the sampler may be asked for it."""
+        del trial
+        return Aim(self.problem, self.draft, self.pace)
+
+    def objectives(self, value: float, allocation: Allocation) -> tuple[float, ...]:
+        """Return what is minimised, given what a plan scored."""
+        del allocation
+        return (value,)
+
+    def given(self) -> Given:
+        """Return what maps a slot to the parameters of a trial that every study begins with, or to None."""
+        return self.decoder.given(self.problem)
+
+    def _scored(
+        self, ledger: Study, trial: Trial, aim: Aim, allocation: Allocation, latency: Latency | None
+    ) -> float | None:
         """Return the objective of an allocation's plan, and write both to its trial."""
-        plan = self.draft.plan(self.problem, allocation, latency)
+        plan = aim.draft.plan(aim.problem, allocation, latency)
         digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
         twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
         for key, attribute in (

@@ -220,7 +220,7 @@ def scored(study, *results):
         if result is not None:
             trial.set_user_attr(SCORE, result[0])
             trial.set_user_attr("error", result[1])
-        study.tell(trial, None if result is None else result[2])
+        study.tell(trial, *(() if result is None else result[2:3]))
     return study
 
 

@@ -129,6 +129,15 @@ def test_a_plan_that_was_measured_is_not_measured_again(study, plan):
         assert trial.user_attrs == twin.user_attrs
 
 
+def test_with_a_second_objective_nothing_is_stopped(plan):
+    study = optuna.create_study(directions=["minimize", "minimize"], pruner=optuna.pruners.ThresholdPruner(upper=2.0))
+    trial = study.ask()
+    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(2.5)), None, seed=SEED) == 2.5
+    assert "stopped" not in trial.user_attrs
+    study.tell(trial, (2.5, 0.5))
+    assert score(study.ask(), plan, Told(evaluation(9.0)), study.get_trials()[0], seed=SEED) == 2.5
+
+
 def test_without_data_the_objective_is_the_predicted_error(study, plan):
     trial = study.ask()
     assert score(trial, plan, None, None, seed=SEED) == plan.predicted_error == trial.user_attrs["score"]

@@ -1,0 +1,238 @@
+"""The scored front: one study of score against cost, from which any budget between two ends can be had."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from optuna.trial import FrozenTrial, Trial
+from torch import nn
+
+from kronsearch.budget import Span, read_span
+from kronsearch.choices import SamplerName, SensitivityName
+from kronsearch.errors import StudyError
+from kronsearch.files import make_folder, replacing
+from kronsearch.plan import Plan, save_plan
+from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
+from kronsearch.search.allocate import Allocation
+from kronsearch.search.decoders import Allocate
+from kronsearch.search.draft import Draft
+from kronsearch.search.finish import final_plan
+from kronsearch.search.pace import Pace
+from kronsearch.search.reach import check_reachable
+from kronsearch.search.sampling import new_sampler
+from kronsearch.search.space import SearchSpace
+from kronsearch.search.stopwatch import Setting
+from kronsearch.search.study import Given, Study
+from kronsearch.search.subject import Subject
+from kronsearch.search.work import Aim, Work
+from kronsearch.training.data import Data
+
+__all__ = ["ScoredFront", "ScoredPoint", "search_front"]
+
+_PLACE = "budget"  # of a trial between the ends of the span
+_EVEN = 5  # trials that a study begins with: plain allocations, of budgets from end to end
+_PLANS = "plans"
+_MEASURED = ("score", "error", "divergence")
+
+
+@dataclass(frozen=True)
+class ScoredPoint:
+    """A plan that no other plan of the study is better than at no more cost.
+
+    Args:
+        plan: the plan, with its score.
+        measured: `score`, its standard `error`, and the `divergence` from the dense network.
+        name: of the plan's file, below the folder of the results.
+    """
+
+    plan: Plan
+    measured: Mapping[str, float]
+    name: str
+
+
+@dataclass(frozen=True)
+class ScoredFront:
+    """What a search for a front hands back.
+
+    Args:
+        points: from the least cost to the most; the divergence falls.
+        trials: a row for each finished trial.
+        out: where the files are, None if none were asked for.
+        seconds: of each phase, in this call.
+        tuning: seconds of these in which a network was trained.
+    """
+
+    points: tuple[ScoredPoint, ...]
+    trials: pd.DataFrame
+    out: Path | None
+    seconds: Mapping[Phase, float]
+    tuning: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each point, as in `front.csv`."""
+        rows = [
+            {
+                "trial": point.plan.provenance.trial,
+                "budget_flops": point.plan.budget.flops,
+                "budget_params": point.plan.budget.params,
+                "macs": point.plan.compressed.macs,
+                "params": point.plan.compressed.params,
+                **point.measured,
+                "predicted_error": point.plan.predicted_error,
+                "plan": point.name,
+            }
+            for point in self.points
+        ]
+        return pd.DataFrame(rows)
+
+
+class _FrontWork(Work):
+    """The state of a search for a front: a trial is asked for its budget, too."""
+
+    def __init__(self, subject: Subject, span: Span, draft: Draft, allow_slower: bool, setting: Setting) -> None:
+        self._span, self._allow_slower, self._stopwatch = span, allow_slower, subject.stopwatch(setting)
+        pace = self._pace(0.0)
+        super().__init__(subject, pace.limits(subject.cost), draft, pace, Allocate())
+        self._pace(1.0).limits(subject.cost)  # if the dense network keeps that already, it is refused
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a study is resumed."""
+        return super().identity | {"budget": str(self._span), "objective": "divergence and cost"}
+
+    def aim(self, trial: Trial) -> Aim:
+        """Return what a trial is about at the budget that the sampler proposes."""
+        pace = self._pace(trial.suggest_float(_PLACE, 0.0, 1.0))
+        limits = pace.limits(self.subject.cost)
+        problem = pace.problem(replace(self.plain, limits=limits))
+        return Aim(problem, replace(self.draft, budget=pace.budget), pace)
+
+    def objectives(self, value: float, allocation: Allocation) -> tuple[float, ...]:
+        """Return the divergence, and the cost that the budgets differ in as a part of the dense network's."""
+        cost = "macs" if self._span.cost == "flops" else "params"
+        return value, allocation.costs[cost] / self.plain.dense[cost]
+
+    def given(self) -> Given:
+        """Give plain allocations at budgets from end to end."""
+        plain = self.decoder.given(self.problem)(0) or {}
+        return lambda slot: {_PLACE: slot / (_EVEN - 1), **plain} if slot < _EVEN else None
+
+    def _pace(self, place: float) -> Pace:
+        return Pace(self._span.at(place), self._stopwatch, self._allow_slower)
+
+
+def search_front(
+    model: nn.Module,
+    data: Data,
+    *,
+    flops: str | int | None = None,
+    params: str | int | None = None,
+    sampler: SamplerName = "gp",
+    sensitivity: SensitivityName = "measured",
+    trials: int = 40,
+    timeout: float | None = None,
+    space: SearchSpace | str | Path = "default",
+    storage: str | None = None,
+    study: str | None = None,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    latency_batch: int = 1,
+    latency_threads: int = 1,
+    allow_slower: bool = False,
+    model_spec: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    watch: Watcher = ignore,
+) -> ScoredFront:
+    """Search, in one study, for the plans that diverge least from a network at each cost between two ends.
+
+    A trial is asked for a budget, besides how errors are weighed; its plan is fine-tuned briefly and scored as in
+    `search`, and what is minimised is the divergence and the cost (none is stopped early: Optuna prunes no study of two
+    objectives). The study begins with plain allocations at five budgets. Called again likewise, it resumes.
+
+    Args:
+        model: the trained network; left untouched.
+        data: what it was trained on.
+        flops: bounds on the MACs of one example between two ends, such as `25%:90%` or `1G:3G`; or one bound, if
+            `params` has two ends.
+        params: bounds on the number of parameters, likewise.
+        sampler: as that of a search, but for `cmaes`, which knows one objective only.
+        sensitivity: as that of a search.
+        trials: how many finished trials there shall be in the end.
+        timeout: seconds after which no further trial is begun.
+        space: a search space, its name, or a YAML file.
+        storage: as that of a search.
+        study: likewise.
+        out: folder for `front.csv`, `plans/`, `trials.csv` (and `study.db`).
+        cache: as that of a search.
+        device: to run on.
+        seed: of everything random.
+        latency_batch: as that of a search.
+        latency_threads: likewise.
+        allow_slower: likewise.
+        model_spec: how the model is called in the plans.
+        model_args: what it was constructed with, for the plans.
+        watch: is told of every step.
+
+    Raises:
+        KronsearchError: of a kind that says what can't be done and what is possible instead.
+    """
+    span = read_span(flops=flops, params=params)
+    if trials < 1:
+        raise StudyError(f"{trials} trials are asked for: ask for one at least")
+    if sampler == "cmaes":
+        raise StudyError("the sampler cmaes knows one objective only: choose gp, tpe or random for a front")
+    new_sampler(sampler, seed)  # if it can't be had, nothing is begun
+    started, phases = time.monotonic(), PhaseClock(watch)
+    folder = None if out is None else Path(out)
+    subject = Subject(
+        model,
+        data,
+        space=space,
+        device=device,
+        seed=seed,
+        out=folder,
+        cache=cache,
+        sensitivity=sensitivity,
+        watch=phases,
+    )
+    draft = Draft(subject.space, span.at(0), subject.settings, seed, model_spec, dict(model_args or {}))
+    work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
+    check_reachable(subject.cost, subject.space, work.limits)
+    if folder is not None:
+        make_folder(folder / _PLANS)
+        storage = storage or f"sqlite:///{folder / 'study.db'}"
+    ledger = Study(
+        storage,
+        study or "kronsearch",
+        {**work.identity, "sampler": sampler, "sensitivity": sensitivity},
+        higher_is_better=work.higher_is_better,
+        seed=seed,
+        sampler=sampler,
+        objectives=2,
+    )
+    work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
+    points = [_point(trial, ledger.name, data) for trial in ledger.front()]
+    if not points:
+        raise StudyError("no trial has a score: all of them diverged; ask for more --trials")
+    cost = "macs" if span.cost == "flops" else "params"
+    points.sort(key=lambda point: int(getattr(point.plan.compressed, cost)))
+    found = ScoredFront(tuple(points), ledger.table(), folder, phases.seconds, work.tuning)
+    if folder is not None:
+        ledger.save_table(folder)
+        for point in points:
+            save_plan(point.plan, folder / point.name)
+        with replacing(folder / "front.csv") as path:
+            found.table.to_csv(path, index=False)
+    return found
+
+
+def _point(trial: FrozenTrial, study: str, data: Data) -> ScoredPoint:
+    measured = {name: float(trial.user_attrs[name]) for name in _MEASURED if trial.user_attrs.get(name) is not None}
+    return ScoredPoint(final_plan(trial, study, data), measured, f"{_PLANS}/trial-{trial.number}.json")

@@ -1,0 +1,75 @@
+import pandas as pd
+import pytest
+
+import kronsearch as ks
+from kronsearch.errors import BudgetError, StudyError
+from kronsearch.search.space import SearchSpace
+
+SETTINGS = {"flops": "30%:80%", "params": "90%", "space": SearchSpace(deep_fits=3), "allow_slower": True}
+
+
+@pytest.fixture(scope="module")
+def found(digits_model, digits_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("front")
+    return ks.search_front(digits_model, digits_data, trials=6, out=out, **SETTINGS)
+
+
+def test_no_point_is_beaten_by_another_trial(found):
+    trials = found.trials
+    assert len(trials) == 6
+    on_the_front = set(found.table["trial"])
+    for _, trial in trials.iterrows():
+        better = trials[(trials["divergence"] <= trial["divergence"]) & (trials["macs"] <= trial["macs"])]
+        beaten = (better[["divergence", "macs"]] != trial[["divergence", "macs"]]).any(axis=1).any()
+        assert beaten != (trial["trial"] in on_the_front)
+    assert found.table["macs"].is_monotonic_increasing
+    assert found.table["divergence"].is_monotonic_decreasing
+
+
+def test_plans_keep_the_budget_of_their_trial_and_the_fixed_one(found, digits_cost):
+    parts = [plan.budget.max_macs / digits_cost.macs for plan in (point.plan for point in found.points)]
+    assert all(0.299 < part < 0.801 for part in parts)
+    for point in found.points:
+        assert point.plan.compressed.macs <= point.plan.budget.max_macs
+        assert point.plan.compressed.params <= point.plan.budget.max_params == digits_cost.params * 9 // 10
+        assert point.plan.score.value == point.measured["score"] > 0.8
+
+
+def test_it_begins_with_plain_allocations_from_end_to_end(found):
+    first = found.trials.iloc[:5]
+    assert first["budget"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert (first["trust"] == 0.5).all()
+    assert first["macs"].is_monotonic_increasing
+    assert found.trials["budget"][5] not in (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def test_files_hold_what_the_result_does(found):
+    pd.testing.assert_frame_equal(pd.read_csv(found.out / "front.csv", dtype=found.table.dtypes.to_dict()), found.table)
+    for point in found.points:
+        assert ks.load_plan(found.out / point.name) == point.plan
+    assert pd.read_csv(found.out / "trials.csv")["trial"].tolist() == list(range(6))
+
+
+def test_the_same_call_resumes_and_others_are_refused(found, digits_model, digits_data):
+    again = ks.search_front(digits_model, digits_data, trials=6, out=found.out, **SETTINGS)
+    assert again.table.equals(found.table)
+    assert again.tuning == 0
+    with pytest.raises(StudyError, match=r"budget.*30%:80%.*30%:70%"):
+        ks.search_front(digits_model, digits_data, out=found.out, **SETTINGS | {"flops": "30%:70%"})
+    with pytest.raises(StudyError, match="objective"):
+        ks.search(digits_model, digits_data, budget=ks.Budget(flops="30%"), out=found.out, allow_slower=True)
+
+
+def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_data, tmp_path):
+    for changed, error, message in (
+        ({"flops": "30%"}, BudgetError, "none of the budgets of flops and params has two ends"),
+        ({"params": "30%:50%"}, BudgetError, "each of the budgets"),
+        ({"flops": "80%:30%"}, BudgetError, "go nowhere"),
+        ({"flops": "30%:100%", "params": None}, BudgetError, "kept by the dense model already"),
+        ({"flops": "1%:50%"}, BudgetError, "can't be reached"),
+        ({"sampler": "cmaes"}, StudyError, "knows one objective only: choose gp, tpe or random"),
+        ({"trials": 0}, StudyError, "ask for one at least"),
+    ):
+        with pytest.raises(error, match=message):
+            ks.search_front(digits_model, digits_data, out=tmp_path / "out", **SETTINGS | changed)
+        assert not (tmp_path / "out").exists()
