@@ -20,15 +20,23 @@ factorization, 2021). The objective never rises. On those kernels 300 sweeps end
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
+from string import ascii_lowercase
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg import lapack
 from torch import Tensor
 
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import balance, contract, leaves
+from kronsearch.sekron.tensors import balance, contract
 
 __all__ = ["RESTRAINT", "fit", "grow", "working_dtype"]
+
+Array = NDArray[np.floating[Any]]
 
 _LARGE = 2**19  # entries above which a kernel that is not float64 itself is taken as float32
 _MOST_SWEEPS, _FEWEST_SWEEPS = 300, 40
@@ -37,6 +45,7 @@ _TOLERANCE = 2e-4  # of the squared error, over `_WINDOW` sweeps
 _WINDOW = 5
 RESTRAINT = 0.03  # times the squared error, weighs the terms' squared norms; a third and three times of it end higher
 _PROXIMAL = 1e-9  # of the Gram matrix's mean eigenvalue, for terms of zero, which nothing else restrains
+_LAPACK = {"d": (lapack.dpotrf, lapack.dpotrs), "f": (lapack.spotrf, lapack.spotrs)}
 _FIRST_REACH, _REACH_GROWTH, _BOUND_GROWTH, _REACH_CUT = 0.5, 1.05, 1.01, 1.5  # of the extrapolation
 
 
@@ -63,7 +72,11 @@ def fit(
     energy = float(tensor.square().sum())
     if energy == 0:
         return recursive_svd(tensor, ranks), 0.0
-    matrices = balance(start if start is not None else begin(tensor, ranks), ranks)
+    matrices = [
+        np.ascontiguousarray(matrix.cpu().numpy())
+        for matrix in balance(start if start is not None else begin(tensor, ranks), ranks)
+    ]
+    entries = tensor.contiguous().cpu().numpy()
     rounding = torch.finfo(tensor.dtype).eps
     if sweeps is None:
         sweeps = min(_MOST_SWEEPS, max(_FEWEST_SWEEPS, _SWEPT // tensor.numel()))
@@ -73,7 +86,7 @@ def fit(
     weight = RESTRAINT
     for _ in range(sweeps):
         swept = list(ahead)
-        squared, terms = (max(part, 0.0) / energy for part in sweep(tensor, swept, ranks, weight))
+        squared, terms = (max(part, 0.0) / energy for part in sweep(entries, energy, swept, ranks, weight))
         if history and squared + weight * terms > history[-1] + rounding:
             if ahead is matrices:  # a plain sweep falls until rounding is all that is left
                 break
@@ -88,8 +101,8 @@ def fit(
             break
         if len(history) > _WINDOW and history[-1 - _WINDOW] - history[-1] < tolerance * history[-1]:
             break
-    matrices = balance(matrices, ranks)
-    return matrices, float((tensor - contract(matrices, ranks)).square().sum()) / energy
+    found = balance([torch.from_numpy(matrix).to(tensor.device) for matrix in matrices], ranks)
+    return found, float((tensor - contract(found, ranks)).square().sum()) / energy
 
 
 def working_dtype(kernel: Tensor) -> torch.dtype:
@@ -97,58 +110,79 @@ def working_dtype(kernel: Tensor) -> torch.dtype:
     return torch.float32 if kernel.numel() > _LARGE and kernel.dtype != torch.float64 else torch.float64
 
 
-def sweep(tensor: Tensor, matrices: list[Tensor], ranks: Sequence[int], weight: float) -> tuple[float, float]:
+def sweep(
+    tensor: Array, energy: float, matrices: list[Array], ranks: Sequence[int], weight: float
+) -> tuple[float, float]:
     """Update every factor in place once.
 
-    The tensor is contracted twice: with the last factor for all the others, with the others for the last.
+    The tensor is contracted twice: with the last factor for all the others, with the others for the last. It is all
+    done by numpy, whose calls on small arrays cost a fraction of torch's: on the layers of a ResNet-32 a sweep takes
+    half to a sixth of the time.
+
+    Args:
+        tensor: (n_1, …, n_S), contiguous.
+        energy: its squared norm.
+        matrices: factor matrices of its dtype.
+        ranks: (R_1, …, R_{S-1}).
+        weight: of the terms' squared norms.
 
     Returns:
         After the last update the squared error, and the sum of the terms' squared norms, which counts `weight` times.
     """
     terms, last = prod(ranks), len(matrices) - 1
-    columns = leaves(matrices, ranks)
-    grams = [column @ column.T for column in columns]
+    columns = [repeated(matrix, terms) for matrix in matrices]
+    grams = [product(column, column.T) for column in columns]
     squared = norms = 0.0
-    shared = tensor @ columns[last].T
+    shared = product(tensor.reshape(-1, tensor.shape[-1]), columns[last].T).reshape(*tensor.shape[:-1], terms)
     for k in range(last + 1):
         if k < last:
-            partial = shared
-            for j in range(last - 1, -1, -1):
-                if j != k:
-                    axis = j if j < k else partial.ndim - 2
-                    shape = [1] * partial.ndim
-                    shape[axis], shape[-1] = columns[j].shape[1], terms
-                    partial = (partial * columns[j].T.reshape(shape)).sum(axis)
+            partial, modes = shared, ascii_lowercase[:last]
+            for mode, column in zip(modes, columns, strict=False):
+                if mode != ascii_lowercase[k]:
+                    rest = modes.replace(mode, "")
+                    partial = np.einsum(f"{modes}z,z{mode}->{rest}z", partial, column)
+                    modes = rest
             moment = partial.T
         else:
-            product = columns[0]
+            khatri_rao = columns[0]
             for column in columns[1:last]:
-                product = (product[:, :, None] * column[:, None, :]).flatten(1)
-            moment = product @ tensor.reshape(-1, tensor.shape[-1])
-        gram = torch.stack([grams[j] for j in range(last + 1) if j != k]).prod(dim=0)
+                khatri_rao = (khatri_rao[:, :, None] * column[:, None, :]).reshape(terms, -1)
+            moment = product(khatri_rao, tensor.reshape(-1, tensor.shape[-1]))
+        gram = reduce(np.multiply, (grams[j] for j in range(last + 1) if j != k))
         own = len(matrices[k])
         restraint = gram.diagonal().reshape(own, -1).sum(1)
-        moment = moment.reshape(own, terms // own, -1).sum(1)
-        gram = gram.reshape(own, terms // own, own, terms // own).sum((1, 3))
-        matrices[k] = solve(gram + torch.diag(weight * restraint), moment, matrices[k])
+        if own < terms:
+            moment = moment.reshape(own, terms // own, -1).sum(1)
+            gram = gram.reshape(own, terms // own, own, terms // own).sum((1, 3))
+        matrices[k] = solve(gram + np.diag(weight * restraint), moment, matrices[k])
         if k == last:
-            squared = float(
-                tensor.square().sum() - 2 * (matrices[k] * moment).sum() + (matrices[k] * (gram @ matrices[k])).sum()
-            )
-            norms = float(restraint @ matrices[k].square().sum(1))
-        columns[k] = matrices[k].repeat_interleave(terms // own, dim=0)
-        grams[k] = columns[k] @ columns[k].T
+            squared = energy + float((matrices[k] * (product(gram, matrices[k]) - 2 * moment)).sum())
+            norms = float(restraint @ np.square(matrices[k]).sum(1))
+        columns[k] = repeated(matrices[k], terms)
+        grams[k] = product(columns[k], columns[k].T)
     return squared, norms
 
 
-def solve(gram: Tensor, moment: Tensor, previous: Tensor) -> Tensor:
+def repeated(matrix: Array, terms: int) -> Array:
+    """Repeat the rows of a factor matrix for all terms, as `leaves` does."""
+    return matrix if len(matrix) == terms else matrix.repeat(terms // len(matrix), axis=0)
+
+
+def product(left: Array, right: Array) -> Array:
+    """Multiply matrices by torch, on as many threads as it was given: numpy takes all that there are."""
+    return np.asarray(torch.from_numpy(left).mm(torch.from_numpy(right)).numpy())
+
+
+def solve(gram: Array, moment: Array, previous: Array) -> Array:
     """Solve `gram X = moment` for one factor; near-singular directions stay as they were in `previous`."""
-    delta = _PROXIMAL * gram.diagonal().mean()
+    factorise, substitute = _LAPACK[gram.dtype.char]
+    delta = _PROXIMAL * float(gram.trace()) / len(gram)
     for _ in range(8):
-        shifted = gram + delta * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        triangle, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return torch.cholesky_solve(moment + delta * previous, triangle)
+        shifted = gram.copy()
+        shifted.flat[:: len(gram) + 1] += delta
+        triangle, failed = factorise(shifted, lower=1, clean=0)
+        if not failed and np.isfinite(triangle.flat[-1]):
+            return np.ascontiguousarray(substitute(triangle, moment + delta * previous, lower=1)[0])
         delta = 10 * delta
     return previous
 
