@@ -127,7 +127,7 @@ def run(
     device: Device = None,
     seed: Seed = None,
     final_epochs: Annotated[
-        float | None, typer.Option("--final-epochs", help="Epochs of fine-tuning at the end [default: 2]")
+        float | None, typer.Option("--final-epochs", help="Epochs of fine-tuning at the end [default: 10]")
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -109,7 +109,7 @@ class Settings(BaseModel):
     cache: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    final_epochs: Annotated[float, Field(ge=0)] = 2.0
+    final_epochs: Annotated[float, Field(ge=0)] = 10.0
     batch: Annotated[tuple[int, ...], BeforeValidator(_counts)] = (1,)
     threads: Annotated[tuple[int, ...], BeforeValidator(_threads)] | None = None
     seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0

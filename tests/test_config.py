@@ -13,7 +13,7 @@ def config(tmp_path: Path) -> Path:
 
 def test_without_a_file_and_options_all_is_default(config):
     assert resolve({"model": None, "trials": None}, config_file=config) == Settings()
-    assert (Settings().trials, Settings().final_epochs, Settings().out) == (20, 2.0, "kronsearch-out")
+    assert (Settings().trials, Settings().final_epochs, Settings().out) == (20, 10.0, "kronsearch-out")
 
 
 def test_dashes_and_underscores_both_name_an_option(config):

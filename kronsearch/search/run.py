@@ -87,7 +87,7 @@ def search(
     input_shape: tuple[int, ...] | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    final_epochs: float = 2.0,
+    final_epochs: float = 10.0,
     latency_batch: int = 1,
     latency_threads: int = 1,
     allow_slower: bool = False,
