@@ -157,8 +157,12 @@ class Span:
         """Return the budget at a place from 0, the smallest, to 1, the largest; even steps are even ratios."""
         low, high = (parse_amount(amount, name=self.cost) for amount in (self.low, self.high))
         value = float(low.value) * float(high.value / low.value) ** place
-        between = f"{100 * value:.2f}%" if low.relative else str(int(value))
+        between = (
+            f"{float(f'{100 * value:.4g}'):.9f}".rstrip("0").rstrip(".") + "%" if low.relative else str(int(value))
+        )
         amount = self.low if place <= 0 else self.high if place >= 1 else between
+        if 0 < place < 1 and not low.value <= parse_amount(amount, name=self.cost).value <= high.value:  # by rounding
+            amount = self.low if place < 0.5 else self.high
         other = "params" if self.cost == "flops" else "flops"
         return Budget(**{self.cost: amount, other: self.fixed})  # type: ignore[arg-type]
 

@@ -1,13 +1,15 @@
 """Files that are whole or not there: written beside their place, then renamed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kronsearch.errors import FileError
 
-__all__ = ["make_folder", "replacing", "write_text"]
+__all__ = ["alone", "make_folder", "replacing", "write_text"]
 
 
 @contextmanager
@@ -32,6 +34,26 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that one process on a machine has at a time; it falls free when that ends, however it does.
+
+    Args:
+        path: of the lock's file, which stays.
+        waits: is called if another process holds it.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waits()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_folder(folder: Path) -> None:

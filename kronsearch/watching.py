@@ -133,7 +133,7 @@ class SearchView:
 
 def _is_news(progress: "Progress") -> bool:
     """Tell whether a step is worth a line by itself: a trial, or an evaluation in a fine-tune."""
-    return progress.phase == "trials" or (progress.phase == "finetune" and progress.best is not None)
+    return progress.phase == "trials" or (progress.phase in ("final", "finetune") and progress.best is not None)
 
 
 def _of_limit(cost: int, written: str | int | None, dense: int | None) -> str:

@@ -270,13 +270,16 @@ def test_a_span_has_a_budget_at_every_place():
     assert span == Span("flops", "20%", "80%", "90k")
     assert [span.at(place) for place in (0.0, 0.5, 1.0)] == [
         Budget(flops="20%", params="90k"),
-        Budget(flops="40.00%", params="90k"),
+        Budget(flops="40%", params="90k"),
         Budget(flops="80%", params="90k"),
     ]
     assert str(span) == "flops 20%:80%, params 90k"
     counts = read_span(params="1k:100k")
     assert [counts.at(place).params for place in (0.0, 0.5, 1.0)] == ["1k", "10000", "100k"]
     assert str(counts) == "params 1k:100k"
+    narrow = read_span(flops="0.012344%:0.012346%")
+    assert [narrow.at(place).flops for place in (0.25, 0.75)] == ["0.012344%", "0.012346%"]
+    assert read_span(flops="0.004%:0.02%").at(0.01).flops == "0.004065%"
 
 
 @pytest.mark.parametrize(

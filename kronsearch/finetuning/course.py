@@ -9,7 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from kronsearch.errors import TrainingError, first_line
+from kronsearch.errors import CheckpointError, TrainingError, first_line
 from kronsearch.files import make_folder
 from kronsearch.finetuning.loop import CHECKPOINT, COMPRESSED, Loop, Tell
 from kronsearch.finetuning.record import Record, read_record
@@ -116,12 +116,16 @@ class Course:
         """Return what there is in the folder to resume from.
 
         Raises:
-            CheckpointError: it is of another kind, or malformed.
+            CheckpointError: it is of another kind, malformed, or not all there.
             TrainingError: it is of another fine-tune.
         """
         found = read_record(self._out / CHECKPOINT)
         if found is not None:
             found[0].check(self.identity, self._out / CHECKPOINT)
+            if found[0].kept is not None and not (self._out / COMPRESSED).is_file():
+                raise CheckpointError(
+                    f"{self._out / CHECKPOINT} can't be resumed from without {COMPRESSED} beside it: pass another --out"
+                )
         return found
 
     def run(self, found: Found | None, validation: Validation | None, tell: Tell) -> Ended:
@@ -133,16 +137,17 @@ class Course:
             tell: see `Loop`.
 
         Raises:
+            CheckpointError: what was found is of another network.
             TrainingError: the loss is no longer finite.
         """
+        if self._team.leads:
+            make_folder(self._out)
         if found is None:
             small, record, state = self._start.build(), Record(identity=self.identity), None
         else:
             small, (record, state) = skeleton(self._dense, self._start.plan), found
         small = small.to(self._device).requires_grad_()  # frozen or not in the dense network
         plan = measured(self._start.plan, self._dense, small)
-        if self._team.leads:
-            make_folder(self._out)
         with self._trainer(small) as trainer:
             if state is not None:
                 self._restore(trainer, state)
@@ -177,7 +182,7 @@ class Course:
             trainer.restore(state)
         except (KeyError, ValueError, RuntimeError) as error:
             reason = first_line(error)
-            raise TrainingError(
+            raise CheckpointError(
                 f"{self._out / CHECKPOINT} can't be resumed from ({reason}): pass another --out"
             ) from error
 

@@ -70,8 +70,8 @@ def tuned(
         validation: of the data.
         epochs: how long.
         seed: of everything random.
-        out: folder for the state of the fine-tune; what is there of another winner or of other settings is written
-            over. None keeps nothing.
+        out: folder for the state of the fine-tune, of which nobody else makes use meanwhile; what is there of another
+            winner or of other settings is written over. None takes a temporary one.
         device: to run on.
         tell: see `Loop`.
 
@@ -80,6 +80,7 @@ def tuned(
 
     Raises:
         StudyError: the loss is no longer finite.
+        CheckpointError: the state is of another network, though it says otherwise.
     """
     data = validation.data
     with TemporaryDirectory() if out is None else nullcontext(out) as folder:
@@ -93,7 +94,6 @@ def tuned(
             ended = course.run(found, validation, tell)
         except TrainingError as error:
             raise StudyError(
-                f"the final fine-tune of {epochs:g} epochs failed ({error}): run the same line again with other "
-                "--final-epochs"
+                f"the final fine-tune of {epochs:g} epochs diverged: run the same line again with other --final-epochs"
             ) from error
     return ended.network, ended.seconds

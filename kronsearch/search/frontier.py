@@ -12,12 +12,13 @@ from optuna.trial import FrozenTrial, Trial
 from torch import nn
 
 from kronsearch.budget import Span, read_span
-from kronsearch.choices import SamplerName, SensitivityName
+from kronsearch.choices import SamplerName, SensitivityName, check_choices
 from kronsearch.errors import StudyError
 from kronsearch.files import make_folder, replacing
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.allocate import Allocation
+from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
 from kronsearch.search.finish import final_plan
@@ -34,7 +35,7 @@ from kronsearch.training.data import Data
 __all__ = ["ScoredFront", "ScoredPoint", "search_front"]
 
 _PLACE = "budget"  # of a trial between the ends of the span
-_EVEN = 5  # trials that a study begins with: plain allocations, of budgets from end to end
+_PLACES = (0.5, 0.0, 1.0, 0.25, 0.75)  # of the plain allocations that a study begins with
 _PLANS = "plans"
 _MEASURED = ("score", "error", "divergence")
 
@@ -91,6 +92,18 @@ class ScoredFront:
         return pd.DataFrame(rows)
 
 
+class _Alike(Allocate):
+    """Asks the same of every trial, whichever candidates latency leaves at its budget."""
+
+    def __init__(self, plain: Problem) -> None:
+        self._plain = plain
+
+    def suggest(self, trial: Trial, problem: Problem) -> Weighing:
+        """Ask the sampler for a weighing."""
+        del problem
+        return super().suggest(trial, self._plain)
+
+
 class _FrontWork(Work):
     """The state of a search for a front: a trial is asked for its budget, too."""
 
@@ -104,6 +117,11 @@ class _FrontWork(Work):
     def identity(self) -> dict[str, Any]:
         """What must be the same when a study is resumed."""
         return super().identity | {"budget": str(self._span), "objective": "divergence and cost"}
+
+    def set_problem(self) -> None:
+        """Measure, decompose, and set what the trials are about."""
+        super().set_problem()
+        self.decoder = _Alike(self.plain)
 
     def aim(self, trial: Trial) -> Aim:
         """Return what a trial is about at the budget that the sampler proposes."""
@@ -119,8 +137,8 @@ class _FrontWork(Work):
 
     def given(self) -> Given:
         """Give plain allocations at budgets from end to end."""
-        plain = self.decoder.given(self.problem)(0) or {}
-        return lambda slot: {_PLACE: slot / (_EVEN - 1), **plain} if slot < _EVEN else None
+        plain = self.decoder.given(self.plain)(0) or {}
+        return lambda slot: {_PLACE: _PLACES[slot], **plain} if slot < len(_PLACES) else None
 
     def _pace(self, place: float) -> Pace:
         return Pace(self._span.at(place), self._stopwatch, self._allow_slower)
@@ -134,7 +152,7 @@ def search_front(
     params: str | int | None = None,
     sampler: SamplerName = "gp",
     sensitivity: SensitivityName = "measured",
-    trials: int = 40,
+    trials: int = 20,
     timeout: float | None = None,
     space: SearchSpace | str | Path = "default",
     storage: str | None = None,
@@ -154,7 +172,7 @@ def search_front(
 
     A trial is asked for a budget, besides how errors are weighed; its plan is fine-tuned briefly and scored as in
     `search`, and what is minimised is the divergence and the cost (none is stopped early: Optuna prunes no study of two
-    objectives). The study begins with plain allocations at five budgets. Called again likewise, it resumes.
+    objectives). The study begins with plain allocations at up to five budgets. Called again likewise, it resumes.
 
     Args:
         model: the trained network; left untouched.
@@ -186,6 +204,7 @@ def search_front(
     span = read_span(flops=flops, params=params)
     if trials < 1:
         raise StudyError(f"{trials} trials are asked for: ask for one at least")
+    check_choices(sampler=sampler)
     if sampler == "cmaes":
         raise StudyError("the sampler cmaes knows one objective only: choose gp, tpe or random for a front")
     new_sampler(sampler, seed)  # if it can't be had, nothing is begun
@@ -206,7 +225,7 @@ def search_front(
     work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
     check_reachable(subject.cost, subject.space, work.limits)
     if folder is not None:
-        make_folder(folder / _PLANS)
+        make_folder(folder)
         storage = storage or f"sqlite:///{folder / 'study.db'}"
     ledger = Study(
         storage,
@@ -226,8 +245,12 @@ def search_front(
     found = ScoredFront(tuple(points), ledger.table(), folder, phases.seconds, work.tuning)
     if folder is not None:
         ledger.save_table(folder)
+        make_folder(folder / _PLANS)
         for point in points:
             save_plan(point.plan, folder / point.name)
+        for path in (folder / _PLANS).glob("trial-*.json"):  # of earlier fronts of this study
+            if f"{_PLANS}/{path.name}" not in {point.name for point in points}:
+                path.unlink()
         with replacing(folder / "front.csv") as path:
             found.table.to_csv(path, index=False)
     return found

@@ -1,5 +1,6 @@
 """The whole search: from a network, data and a budget to a plan and a compressed network."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ def search(
         storage: of the study: URL of a database, or one that `open_study` explains; by default `study.db` in `out`, or
             memory where there is no `out`. Searches with the same storage and settings share its trials.
         study: its name in the storage, `kronsearch` by default.
-        out: folder for `plan.json`, `compressed.safetensors`, `trials.csv` (and `study.db`).
+        out: folder for `plan.json`, `compressed.safetensors`, `trials.csv`, `final/` (and `study.db`); without it the
+            state of the final fine-tune goes to a temporary folder, and the rest nowhere.
         cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
             and seed takes from there, and for what was timed; by default `cache` in `out`, or none where there is no
             `out`.
@@ -138,7 +140,7 @@ def search(
     """
     if trials < 1:
         raise StudyError(f"{trials} trials are asked for: ask for one at least")
-    if final_epochs < 0:
+    if not 0 <= final_epochs < math.inf:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     check_choices(decoder=decoder, sampler=sampler)  # the sensitivity is the subject's
     new_sampler(sampler, seed)  # if it can't be had, nothing is begun

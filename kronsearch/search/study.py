@@ -129,8 +129,9 @@ class Study:
         return min(alike, key=lambda trial: objective_of(trial) or 0.0)
 
     def front(self) -> list[FrozenTrial]:
-        """Return the trials than which none is better in one objective and no worse in the others."""
-        return self._study.best_trials
+        """Return the trials than which none is better in one objective and no worse in others; of twins the first."""
+        best = sorted(self._study.best_trials, key=lambda trial: trial.number, reverse=True)
+        return list({trial.user_attrs["digest"]: trial for trial in best}.values())
 
     def ask(self, wanted: int, given: Given) -> Trial | None:
         """Begin a trial that nobody else runs or has run.

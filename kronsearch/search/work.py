@@ -10,6 +10,7 @@ from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Limits
+from kronsearch.files import alone
 from kronsearch.finetuning.course import APPLIED, Start
 from kronsearch.finetuning.validation import tested
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
@@ -31,7 +32,7 @@ from kronsearch.training.evaluate import Evaluation
 __all__ = ["Aim", "Work"]
 
 _REVISION = 2  # of how trials are measured: those of another can't be compared
-_FINAL = "final"  # folder for the state of the final fine-tune
+_FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
@@ -217,11 +218,23 @@ class Work:
         return score(trial, plan, self.scorer(), twin, ledger.ended(), seed=self.draft.seed)
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
-        """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before."""
-        path = None if folder is None else folder / "compressed.safetensors"
+        """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before.
+
+        Of workers that share the folder one does it, and the others wait for it.
+        """
         epochs = epochs if self.data is not None else 0.0
-        if path is not None and is_done(path, plan, epochs):
-            return load_compressed(self.dense, path, plan).to(self.device)
+        if folder is None:
+            return self._finished(plan, epochs, None)
+        path = folder / "compressed.safetensors"
+        with alone(folder / _LOCK, lambda: self.subject.tell("final", 0, 1, "another worker is at it")):
+            if is_done(path, plan, epochs):
+                return load_compressed(self.dense, path, plan).to(self.device)
+            small = self._finished(plan, epochs, folder / _FINAL)
+            save_compressed(small, plan, path, epochs=epochs)
+            return small
+
+    def _finished(self, plan: Plan, epochs: float, out: Path | None) -> nn.Module:
+        """Return the winner, fine-tuned if it shall be, with a folder for the state of that."""
         scorer = self.scorer()
 
         def build() -> nn.Module:
@@ -230,21 +243,17 @@ class Work:
             return small
 
         if scorer is None or epochs == 0:
-            small = build()
-        else:
-            small, seconds = tuned(
-                self.dense,
-                Start(plan, APPLIED, build),
-                scorer.validate,
-                epochs=epochs,
-                seed=self.draft.seed,
-                out=None if folder is None else folder / _FINAL,
-                device=self.device,
-                tell=lambda done, total, words, best: self.subject.tell("final", done, total, words, best=best),
-            )
-            self._final_seconds = seconds
-        if path is not None:
-            save_compressed(small, plan, path, epochs=epochs)
+            return build()
+        small, self._final_seconds = tuned(
+            self.dense,
+            Start(plan, APPLIED, build),
+            scorer.validate,
+            epochs=epochs,
+            seed=self.draft.seed,
+            out=out,
+            device=self.device,
+            tell=lambda done, total, words, best: self.subject.tell("final", done, total, words, best=best),
+        )
         return small
 
     def test(self, small: nn.Module) -> tuple[Evaluation | None, Evaluation | None]:

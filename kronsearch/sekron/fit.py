@@ -57,7 +57,7 @@ def fit(
     sweeps: int | None = None,
     tolerance: float = _TOLERANCE,
 ) -> tuple[list[Tensor], float]:
-    """Fit the factor matrices of a tensor (n_1, …, n_S), S ≥ 2, together.
+    """Fit the factor matrices of a tensor (n_1, …, n_S), S ≥ 2, together; on the CPU, wherever it is.
 
     Args:
         tensor: the unfolded kernel.
@@ -73,10 +73,10 @@ def fit(
     if energy == 0:
         return recursive_svd(tensor, ranks), 0.0
     matrices = [
-        np.ascontiguousarray(matrix.cpu().numpy())
+        np.ascontiguousarray(matrix.detach().cpu().numpy())
         for matrix in balance(start if start is not None else begin(tensor, ranks), ranks)
     ]
-    entries = tensor.contiguous().cpu().numpy()
+    entries = tensor.detach().contiguous().cpu().numpy()
     rounding = torch.finfo(tensor.dtype).eps
     if sweeps is None:
         sweeps = min(_MOST_SWEEPS, max(_FEWEST_SWEEPS, _SWEPT // tensor.numel()))
@@ -169,7 +169,7 @@ def repeated(matrix: Array, terms: int) -> Array:
 
 
 def product(left: Array, right: Array) -> Array:
-    """Multiply matrices by torch, on as many threads as it was given: numpy takes all that there are."""
+    """Multiply matrices by torch, on the threads that it was given: such products are most of a large sweep's work."""
     return np.asarray(torch.from_numpy(left).mm(torch.from_numpy(right)).numpy())
 
 

@@ -1,6 +1,7 @@
 import copy
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -195,6 +196,10 @@ def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
         save_safetensors(state, path, metadata | {"record": json.dumps(record | change)})
         with pytest.raises(CheckpointError, match=match):
             begin(tmp_path)
+    save_safetensors(state, path, metadata)
+    with pytest.raises(CheckpointError, match=r"without compressed.safetensors beside it: pass another --out"):
+        begin(tmp_path)
+    shutil.copy(whole.out / "compressed.safetensors", tmp_path)
     for name, tensor in (
         ("generator", torch.zeros(3, dtype=torch.uint8)),
         ("place", torch.tensor([5, 2**40])),
@@ -203,5 +208,5 @@ def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
         ("optimizer/head.bias/exp_avg", torch.zeros(4)),
     ):
         save_safetensors(state | {name: tensor}, path, metadata)
-        with pytest.raises(TrainingError, match=r"can't be resumed from .*: pass another --out"):
+        with pytest.raises(CheckpointError, match=r"can't be resumed from .*: pass another --out"):
             begin(tmp_path)

@@ -22,8 +22,8 @@ def test_no_point_is_beaten_by_another_trial(found):
         better = trials[(trials["divergence"] <= trial["divergence"]) & (trials["macs"] <= trial["macs"])]
         beaten = (better[["divergence", "macs"]] != trial[["divergence", "macs"]]).any(axis=1).any()
         assert beaten != (trial["trial"] in on_the_front)
-    assert found.table["macs"].is_monotonic_increasing
-    assert found.table["divergence"].is_monotonic_decreasing
+    assert (found.table["macs"].diff()[1:] > 0).all()
+    assert (found.table["divergence"].diff()[1:] < 0).all()
 
 
 def test_plans_keep_the_budget_of_their_trial_and_the_fixed_one(found, digits_cost):
@@ -36,11 +36,11 @@ def test_plans_keep_the_budget_of_their_trial_and_the_fixed_one(found, digits_co
 
 
 def test_it_begins_with_plain_allocations_from_end_to_end(found):
-    first = found.trials.iloc[:5]
+    first = found.trials.iloc[:5].sort_values("budget")
     assert first["budget"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert (first["trust"] == 0.5).all()
     assert first["macs"].is_monotonic_increasing
-    assert found.trials["budget"][5] not in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert found.trials["budget"][5] not in first["budget"].tolist()
 
 
 def test_files_hold_what_the_result_does(found):
@@ -68,6 +68,7 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         ({"flops": "30%:100%", "params": None}, BudgetError, "kept by the dense model already"),
         ({"flops": "1%:50%"}, BudgetError, "can't be reached"),
         ({"sampler": "cmaes"}, StudyError, "knows one objective only: choose gp, tpe or random"),
+        ({"sampler": "GP"}, StudyError, "there is no sampler 'GP'"),
         ({"trials": 0}, StudyError, "ask for one at least"),
     ):
         with pytest.raises(error, match=message):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 
 import optuna
 import pandas as pd
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kronsearch as ks
 from kronsearch.errors import BudgetError, DataError, ModelError, StudyError
+from kronsearch.files import alone
 from kronsearch.models.apply import load_compressed
 from kronsearch.search.pace import Pace
 from kronsearch.search.space import SearchSpace
@@ -78,6 +80,7 @@ def test_files_hold_what_the_result_does(found, digits_model):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), result.model.parameters(), strict=True))
     assert pd.read_csv(result.out / "trials.csv")["trial"].tolist() == [0, 1]
     assert sorted(path.name for path in result.out.iterdir()) == [
+        ".final.lock",
         "cache",
         "compressed.safetensors",
         "final",
@@ -139,6 +142,32 @@ def test_a_final_fine_tune_that_is_cut_off_goes_on(found, digits_model, digits_d
     steps.clear()
     again(tmp_path / "cut")
     assert steps == []
+
+
+def test_of_workers_that_share_a_folder_one_fine_tunes_the_winner(found, digits_model, digits_data, tmp_path):
+    result, _ = found
+    shutil.copytree(result.out, tmp_path / "out")
+    (tmp_path / "out" / "compressed.safetensors").unlink()
+    shutil.rmtree(tmp_path / "out" / "final")
+    waiting, told = threading.Event(), []
+
+    def watch(step):
+        told.append((step.phase, step.message))
+        if step.message == "another worker is at it":
+            waiting.set()
+
+    def other():
+        ks.search(digits_model, digits_data, out=tmp_path / "out", final_epochs=0.5, **SETTINGS, watch=watch)
+
+    worker = threading.Thread(target=other)
+    with alone(tmp_path / "out" / ".final.lock", lambda: None):
+        worker.start()
+        assert waiting.wait(timeout=120)
+        for name in ("compressed.safetensors", "final"):  # what the first worker came to meanwhile
+            copy = shutil.copytree if (result.out / name).is_dir() else shutil.copy
+            copy(result.out / name, tmp_path / "out" / name)
+    worker.join()
+    assert [message for phase, message in told if phase == "final"] == ["another worker is at it"]
 
 
 def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(found):
