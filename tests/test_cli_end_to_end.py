@@ -278,7 +278,7 @@ def test_two_workers_on_one_line_share_the_trials_and_end_alike(tmp_path):
     table = pd.read_csv(tmp_path / "found/trials.csv")
     assert sorted(table["slot"]) == list(range(5))
     assert load_plan(tmp_path / "found/plan.json") == stored_plan(tmp_path / "found/compressed.safetensors")
-    left = {"plan.json", "compressed.safetensors", "study.db", "trials.csv"}
+    left = {"plan.json", "compressed.safetensors", "study.db", "trials.csv", "final", ".final.lock"}
     assert names_in(tmp_path / "found") == left
     again, _ = kronsearch(*line, "--quiet", cwd=tmp_path)
     assert but_for_times(again) == but_for_times(one)
