@@ -9,10 +9,7 @@ quasi-Newton method (L-BFGS: Liu and Nocedal, 1989), with the restraint on the t
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from kronsearch.sekron.fit import RESTRAINT
@@ -21,8 +18,6 @@ from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import as_factors, leaves, reconstruct
 
 __all__ = ["refit"]
-
-Entries = NDArray[np.float64]
 
 _MOST_STEPS, _FEWEST_STEPS = 100, 20
 _WORK = 300_000_000_000  # multiply-accumulates for all steps, between those two
@@ -50,14 +45,12 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
         return list(matrices)
     size = float(target.square().sum())
     restrained = spec.coupling == "tree" and spec.sequence_length > 2
-    sizes = [matrix.numel() for matrix in matrices]
+    parameters = [matrix.detach().clone().requires_grad_() for matrix in matrices]
     weight: float | None = None
     best, found = float("inf"), list(matrices)
 
-    def objective(entries: Entries) -> tuple[float, Entries]:
+    def objective() -> float:
         nonlocal weight, best, found
-        pieces = torch.from_numpy(entries).to(target).split(sizes)  # type: ignore[no-untyped-call]
-        parameters = [piece.view(matrix.shape).requires_grad_() for piece, matrix in zip(pieces, matrices, strict=True)]
         with torch.enable_grad():
             formed = reconstruct(as_factors(parameters, spec), spec).flatten(1)
         lost = target - formed.detach()
@@ -73,17 +66,16 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
             others = torch.autograd.grad(terms, parameters)
             gradients = tuple(own + other for own, other in zip(gradients, others, strict=True))
             value += float(terms.detach())
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         if value < best:
             best, found = value, [parameter.detach().clone() for parameter in parameters]
-        return value, torch.cat([gradient.flatten() for gradient in gradients]).double().cpu().numpy()
+        return value
 
     work = target.numel() * (sum(target.shape) + prod(spec.ranks))
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, _WORK // work))
-    minimize(
-        objective,
-        torch.cat([matrix.detach().flatten() for matrix in matrices]).double().cpu().numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxcor": _HISTORY, "maxiter": steps, "maxfun": steps + steps // 4, "ftol": 0.0, "gtol": 0.0},
+    optimiser = torch.optim.LBFGS(
+        parameters, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
     )
+    optimiser.step(objective)  # type: ignore[no-untyped-call]
     return found
