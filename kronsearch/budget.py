@@ -153,6 +153,15 @@ class Span:
     high: str
     fixed: str | int | None
 
+    @property
+    def limited(self) -> str:
+        """What limits call the cost."""
+        return _COSTS[self.cost]
+
+    @property
+    def _other(self) -> str:
+        return "params" if self.cost == "flops" else "flops"
+
     def at(self, place: float) -> Budget:
         """Return the budget at a place from 0, the smallest, to 1, the largest; even steps are even ratios."""
         low, high = (parse_amount(amount, name=self.cost) for amount in (self.low, self.high))
@@ -163,13 +172,11 @@ class Span:
         amount = self.low if place <= 0 else self.high if place >= 1 else between
         if 0 < place < 1 and not low.value <= parse_amount(amount, name=self.cost).value <= high.value:  # by rounding
             amount = self.low if place < 0.5 else self.high
-        other = "params" if self.cost == "flops" else "flops"
-        return Budget(**{self.cost: amount, other: self.fixed})  # type: ignore[arg-type]
+        return Budget(**{self.cost: amount, self._other: self.fixed})  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """Write it as budgets are written, such as `flops 25%:90%, params 60%`."""
-        other = "params" if self.cost == "flops" else "flops"
-        bounds = {self.cost: f"{self.low}:{self.high}", other: self.fixed}
+        bounds = {self.cost: f"{self.low}:{self.high}", self._other: self.fixed}
         return ", ".join(f"{name} {bounds[name]}" for name in ("flops", "params") if bounds[name] is not None)
 
 

@@ -60,24 +60,10 @@ def run(settings: Settings) -> None:
             data,
             budget=budget,
             decoder=settings.decoder,
-            sampler=settings.sampler,
-            sensitivity=settings.sensitivity,
-            trials=settings.trials,
-            timeout=settings.timeout,
-            space=settings.space,
-            storage=settings.storage,
-            study=settings.study,
-            out=settings.out,
-            cache=settings.cache,
             input_shape=_input_shape(settings, spec, model, data),
-            device=device,
-            seed=settings.seed,
             final_epochs=settings.final_epochs,
-            latency_batch=settings.latency_batch,
-            latency_threads=settings.latency_threads,
-            allow_slower=settings.allow_slower,
-            model_spec=spec,
-            model_args=settings.model_args,
+            **_of_study(settings),
+            **_of_subject(settings, spec, device),
             watch=ignore if settings.quiet else view,
         )
     metric = None if data is None else data.task.metric_name
@@ -118,22 +104,8 @@ def _run_front(settings: Settings) -> None:
             data,
             flops=settings.budget_flops,
             params=settings.budget_params,
-            sampler=settings.sampler,
-            sensitivity=settings.sensitivity,
-            trials=settings.trials,
-            timeout=settings.timeout,
-            space=settings.space,
-            storage=settings.storage,
-            study=settings.study,
-            out=settings.out,
-            cache=settings.cache,
-            device=device,
-            seed=settings.seed,
-            latency_batch=settings.latency_batch,
-            latency_threads=settings.latency_threads,
-            allow_slower=settings.allow_slower,
-            model_spec=spec,
-            model_args=settings.model_args,
+            **_of_study(settings),
+            **_of_subject(settings, spec, device),
             watch=ignore if settings.quiet else view,
         )
     console = console_for()
@@ -164,23 +136,25 @@ def sweep(settings: Settings) -> None:
             model,
             data,
             **asked,
-            sensitivity=settings.sensitivity,
-            space=settings.space,
-            out=settings.out,
-            cache=settings.cache,
             input_shape=_input_shape(settings, spec, model, data),
-            device=device,
-            seed=settings.seed,
-            latency_batch=settings.latency_batch,
-            latency_threads=settings.latency_threads,
-            allow_slower=settings.allow_slower,
-            model_spec=spec,
-            model_args=settings.model_args,
+            **_of_subject(settings, spec, device),
             watch=ignore if settings.quiet else view,
         )
     console = console_for()
     console.print(front(found))
     console.print(f"written to {found.out}: front.csv, plans/", soft_wrap=True)
+
+
+def _of_study(settings: Settings) -> dict[str, Any]:
+    """Return what every search for trials is given."""
+    return {name: getattr(settings, name) for name in ("sampler", "trials", "timeout", "storage", "study")}
+
+
+def _of_subject(settings: Settings, spec: str, device: str) -> dict[str, Any]:
+    """Return what every search is given."""
+    names = ("sensitivity", "space", "out", "cache", "seed", "latency_batch", "latency_threads", "allow_slower")
+    given = {name: getattr(settings, name) for name in (*names, "model_args")}
+    return {**given, "model_spec": spec, "device": device}
 
 
 def profile(settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """The course of one fine-tune: it begins, or goes on where an earlier process left it, and runs to its end."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from kronsearch.training.finetune import Trainer
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 from kronsearch.training.team import ALONE, Team
 
-__all__ = ["APPLIED", "Course", "Ended", "Found", "Start", "long_settings"]
+__all__ = ["APPLIED", "Course", "Ended", "Found", "Start", "long_settings", "new_trainer"]
 
 APPLIED = "applied"  # the content of a start that is the plan applied to the dense network with the data
 _BATCHES = 31  # stream of random numbers
@@ -148,7 +148,16 @@ class Course:
             small, (record, state) = skeleton(self._dense, self._start.plan), found
         small = small.to(self._device).requires_grad_()  # frozen or not in the dense network
         plan = measured(self._start.plan, self._dense, small)
-        with self._trainer(small) as trainer:
+        with new_trainer(
+            self._dense,
+            small,
+            self._start.plan.replaced,
+            self._data,
+            self._settings,
+            seed=self._seed,
+            device=self._device,
+            team=self._team,
+        ) as trainer:
             if state is not None:
                 self._restore(trainer, state)
             was_done = trainer.step == trainer.total_steps
@@ -165,18 +174,6 @@ class Course:
         small.load_state_dict(self._team.from_leader(weights))
         return Ended(plan, small, record, was_done, trainer.seconds)
 
-    def _trainer(self, small: nn.Module) -> Trainer:
-        return Trainer(
-            small,
-            self._data,
-            self._settings,
-            teacher=self._dense,
-            blocks=block_names(self._start.plan.replaced),
-            generator=stream(self._seed, _BATCHES),
-            device=self._device,
-            team=self._team,
-        )
-
     def _restore(self, trainer: Trainer, state: dict[str, Tensor]) -> None:
         try:
             trainer.restore(state)
@@ -185,6 +182,30 @@ class Course:
             raise CheckpointError(
                 f"{self._out / CHECKPOINT} can't be resumed from ({reason}): pass another --out"
             ) from error
+
+
+def new_trainer(
+    dense: nn.Module,
+    small: nn.Module,
+    replaced: Iterable[str],
+    data: Data,
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    team: Team = ALONE,
+) -> Trainer:
+    """Return what fine-tunes a compressed network, whose replaced layers have these names, with its dense one."""
+    return Trainer(
+        small,
+        data,
+        settings,
+        teacher=dense,
+        blocks=block_names(replaced),
+        generator=stream(seed, _BATCHES),
+        device=device,
+        team=team,
+    )
 
 
 def long_settings(

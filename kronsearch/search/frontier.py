@@ -27,7 +27,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import Given, Study
+from kronsearch.search.study import Given
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Aim, Work
 from kronsearch.training.data import Data
@@ -120,7 +120,7 @@ class _FrontWork(Work):
 
     def set_problem(self) -> None:
         """Measure, decompose, and set what the trials are about."""
-        super().set_problem()
+        self.set_tables()  # latency is looked at for each budget
         self.decoder = _Alike(self.plain)
 
     def aim(self, trial: Trial) -> Aim:
@@ -132,7 +132,7 @@ class _FrontWork(Work):
 
     def objectives(self, value: float, allocation: Allocation) -> tuple[float, ...]:
         """Return the divergence, and the cost that the budgets differ in as a part of the dense network's."""
-        cost = "macs" if self._span.cost == "flops" else "params"
+        cost = self._span.limited
         return value, allocation.costs[cost] / self.plain.dense[cost]
 
     def given(self) -> Given:
@@ -224,24 +224,12 @@ def search_front(
     draft = Draft(subject.space, span.at(0), subject.settings, seed, model_spec, dict(model_args or {}))
     work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
     check_reachable(subject.cost, subject.space, work.limits)
-    if folder is not None:
-        make_folder(folder)
-        storage = storage or f"sqlite:///{folder / 'study.db'}"
-    ledger = Study(
-        storage,
-        study or "kronsearch",
-        {**work.identity, "sampler": sampler, "sensitivity": sensitivity},
-        higher_is_better=work.higher_is_better,
-        seed=seed,
-        sampler=sampler,
-        objectives=2,
-    )
+    ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
     work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
     points = [_point(trial, ledger.name, data) for trial in ledger.front()]
     if not points:
         raise StudyError("no trial has a score: all of them diverged; ask for more --trials")
-    cost = "macs" if span.cost == "flops" else "params"
-    points.sort(key=lambda point: int(getattr(point.plan.compressed, cost)))
+    points.sort(key=lambda point: int(getattr(point.plan.compressed, span.limited)))
     found = ScoredFront(tuple(points), ledger.table(), folder, phases.seconds, work.tuning)
     if folder is not None:
         ledger.save_table(folder)

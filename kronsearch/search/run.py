@@ -14,7 +14,6 @@ from torch import nn
 from kronsearch.budget import Budget
 from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices
 from kronsearch.errors import StudyError
-from kronsearch.files import make_folder
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.decoders import new_decoder
@@ -25,7 +24,6 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import Study
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.work import Work
@@ -164,19 +162,7 @@ def search(
     check_reachable(subject.cost, subject.space, limits)
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
-    if storage is None and folder is not None:
-        make_folder(folder)
-        storage = f"sqlite:///{folder / 'study.db'}"
-    ledger = Study(
-        storage,
-        study or "kronsearch",
-        {**run.identity, "decoder": decoder, "sampler": sampler, "sensitivity": sensitivity},
-        higher_is_better=run.higher_is_better,
-        seed=seed,
-        sampler=sampler,
-    )
-    if folder is not None:
-        make_folder(folder)
+    ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
     run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
     best = ledger.best()
     if best is None:

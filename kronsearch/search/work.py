@@ -10,7 +10,8 @@ from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Limits
-from kronsearch.files import alone
+from kronsearch.choices import SamplerName
+from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Start
 from kronsearch.finetuning.validation import tested
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
@@ -94,12 +95,52 @@ class Work:
         """Return how many trials there are to do: one without data, whose plan is proven to be the best."""
         return trials if self.data is not None else 1
 
+    def open(
+        self,
+        storage: str | None,
+        study: str | None,
+        folder: Path | None,
+        *,
+        sampler: SamplerName,
+        objectives: int = 1,
+        **choices: str,
+    ) -> Study:
+        """Open the study of this work; the folder is made once that is not refused, or for the study itself.
+
+        Args:
+            storage: its URL; None is `study.db` in the folder, or memory.
+            study: its name in there, None for the usual one.
+            folder: of the results, None where there is none.
+            sampler: what proposes parameters.
+            objectives: how many numbers are minimised.
+            choices: what else must be the same when the study is resumed.
+        """
+        if storage is None and folder is not None:
+            make_folder(folder)
+            storage = f"sqlite:///{folder / 'study.db'}"
+        ledger = Study(
+            storage,
+            study or "kronsearch",
+            {**self.identity, "sampler": sampler, **choices},
+            higher_is_better=self.higher_is_better,
+            seed=self.draft.seed,
+            sampler=sampler,
+            objectives=objectives,
+        )
+        if folder is not None:
+            make_folder(folder)
+        return ledger
+
     def set_problem(self) -> None:
         """Measure, decompose, and set what the trials are about."""
+        self.set_tables()
+        self.problem = self.pace.problem(self.plain)
+
+    def set_tables(self) -> None:
+        """Measure, decompose, and set what the trials would be about if latency were of no account."""
         prepared = self.subject.prepared()
         candidates, sensitivity = self.subject.tables(prepared)
-        self.plain = Problem(self.subject.cost, self.limits, candidates, sensitivity)  # but for latency
-        self.problem = self.pace.problem(self.plain)
+        self.plain = Problem(self.subject.cost, self.limits, candidates, sensitivity)
         self._scorer = self._scorer_with(prepared)
 
     def scorer(self) -> Scorer | None:

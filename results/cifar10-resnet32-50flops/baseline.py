@@ -12,14 +12,12 @@ import sys
 import time
 
 import kronsearch as ks
-from kronsearch.finetuning.course import long_settings
-from kronsearch.models.apply import calibrate, stream
+from kronsearch.finetuning.course import long_settings, new_trainer
+from kronsearch.models.apply import calibrate
 from kronsearch.plan import Decomposition
 from kronsearch.search.score import Scorer
 from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
-from kronsearch.training.blocks import block_names
 from kronsearch.training.evaluate import evaluate, outputs
-from kronsearch.training.finetune import Trainer
 
 
 def uniform(cost: ks.ModelCost, macs: int) -> dict[str, SeKronSpec]:
@@ -57,8 +55,7 @@ def main() -> None:
     before = evaluate(small, data, "test")
     started = time.perf_counter()
     if epochs:
-        options = {"teacher": model, "blocks": block_names(specs), "generator": stream(seed, 31)}
-        with Trainer(small, data, long_settings(data, epochs=epochs), **options) as trainer:
+        with new_trainer(model, small, specs, data, long_settings(data, epochs=epochs), seed=seed) as trainer:
             trainer.advance(trainer.total_steps)
             small = trainer.result
     after = evaluate(small, data, "test", teacher_outputs=outputs(model, data, "test"))

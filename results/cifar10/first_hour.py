@@ -9,12 +9,9 @@ import sys
 import time
 
 import kronsearch as ks
-from kronsearch.finetuning.course import long_settings
-from kronsearch.models.apply import stream
-from kronsearch.training.blocks import block_names
+from kronsearch.finetuning.course import long_settings, new_trainer
 from kronsearch.training.data import train_batch_count
 from kronsearch.training.evaluate import evaluate, outputs
-from kronsearch.training.finetune import Trainer
 
 
 def main(plan_file: str, weights: str, folder: str, epochs: float, every: float) -> None:
@@ -25,9 +22,8 @@ def main(plan_file: str, weights: str, folder: str, epochs: float, every: float)
     spent, began = 0.0, time.monotonic()
     small = ks.apply_plan(model, plan, data).requires_grad_()
     settings = long_settings(data, epochs=epochs)
-    options = {"teacher": model, "blocks": block_names(plan.replaced), "generator": stream(0, 31)}
     portion = max(1, round(every * train_batch_count(data.size("train"), settings.batch_size)))
-    with Trainer(small, data, settings, **options) as trainer:
+    with new_trainer(model, small, plan.replaced, data, settings) as trainer:
         print("seconds,epochs,accuracy,divergence")
         while True:
             spent += time.monotonic() - began

@@ -32,8 +32,7 @@ from torch.nn import functional as F
 
 import kronsearch as ks
 from kronsearch.files import replacing
-from kronsearch.finetuning.course import long_settings
-from kronsearch.models.apply import stream
+from kronsearch.finetuning.course import long_settings, new_trainer
 from kronsearch.plan import parse_plan
 from kronsearch.search import decoders
 from kronsearch.search.decode import Problem, Weighing
@@ -46,9 +45,7 @@ from kronsearch.search.study import PLAN, Study
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Work
 from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
-from kronsearch.training.blocks import block_names
 from kronsearch.training.evaluate import outputs
-from kronsearch.training.finetune import Trainer
 
 ESTIMATED = ("plain", "absolute", "inputs", "fisher")
 SEARCHED = {  # decoder, sampler, how many times as wide as by default the bounds of the weighing are
@@ -195,8 +192,8 @@ class Bench:
         cost = ks.profile_model(small, input_shape=self.data.input_shape)
         assert work.problem.bounds.hold(macs=cost.macs, params=cost.params)
         began = time.process_time()
-        options = {"teacher": self.subject.dense, "blocks": block_names(specs), "generator": stream(self.seed, 31)}
-        with Trainer(small, self.data, long_settings(self.data, epochs=self.options.epochs), **options) as trainer:
+        settings = long_settings(self.data, epochs=self.options.epochs)
+        with new_trainer(self.subject.dense, small, specs, self.data, settings, seed=self.seed) as trainer:
             trainer.advance(trainer.total_steps)
         told = {"macs": cost.macs, "params": cost.params, "settled_divergence": settled.divergence}
         told["tune_seconds"] = round(time.process_time() - began, 1)

@@ -123,7 +123,7 @@ def test_a_final_fine_tune_that_is_cut_off_goes_on(found, digits_model, digits_d
             if step.phase == "final":
                 steps.append(step.done)
             if step.phase == "final" and stop is not None and step.done > stop:
-                raise InterruptedError
+                raise InterruptedError("by the test")
 
         return ks.search(digits_model, digits_data, out=out, final_epochs=3, **SETTINGS, watch=watch)
 
@@ -132,7 +132,7 @@ def test_a_final_fine_tune_that_is_cut_off_goes_on(found, digits_model, digits_d
     whole = again(tmp_path / "whole")
     assert steps[0] == 0
     an_epoch, last = steps[-1] // 3, steps[-1]
-    with pytest.raises(InterruptedError):
+    with pytest.raises(InterruptedError, match="by the test"):
         again(tmp_path / "cut", stop=an_epoch)
     steps.clear()
     cut = again(tmp_path / "cut")
