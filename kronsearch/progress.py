@@ -15,6 +15,7 @@ Phase = Literal[
     "latency",
     "budgets",
     "trials",
+    "finalists",
     "final",
     "apply",
     "finetune",

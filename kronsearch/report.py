@@ -46,7 +46,12 @@ _NAMES = {
     "settled_divergence": "divergence before the fine-tune",
     "divergence": "divergence after it",
 }
-_PARTS: "dict[Phase, str]" = {"trials": "trials", "final": "final fine-tune", "test": "test"}  # others prepare
+_PARTS: "dict[Phase, str]" = {  # others prepare
+    "trials": "trials",
+    "finalists": "finalists",
+    "final": "final fine-tune",
+    "test": "test",
+}
 
 
 def console_for(stream: IO[str] | None = None) -> Console:
@@ -91,7 +96,10 @@ def gain(summary: "Summary", metric: str) -> RenderableType:
         if best is not None:
             known = ("pruned", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
             table.add_row(one_line(name), known[0], f"{best:{digits}}", known[1])
-    lines = [f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early"]
+    finalists = f"; of {summary.finalists} finalists, fine-tuned longer, it won" if summary.finalists else ""
+    lines = [
+        f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early{finalists}"
+    ]
     lines += [
         f"rank correlation of {_NAMES[found.cheap]} and {_NAMES[found.dear]}: {found.correlation:.2f}, n {found.n}"
         for found in summary.agreements

@@ -25,6 +25,7 @@ _PHASES: "dict[Phase, str]" = {
     "latency": "timing candidates",
     "budgets": "budgets",
     "trials": "trials",
+    "finalists": "fine-tuning finalists",
     "final": "fine-tuning the best",
     "apply": "applying the plan",
     "finetune": "fine-tuning",
@@ -132,8 +133,9 @@ class SearchView:
 
 
 def _is_news(progress: "Progress") -> bool:
-    """Tell whether a step is worth a line by itself: a trial, or an evaluation in a fine-tune."""
-    return progress.phase == "trials" or (progress.phase in ("final", "finetune") and progress.best is not None)
+    """Tell whether a step is worth a line by itself: a trial, a finalist, or an evaluation in a fine-tune."""
+    phase = progress.phase
+    return phase in ("trials", "finalists") or (phase in ("final", "finetune") and progress.best is not None)
 
 
 def _of_limit(cost: int, written: str | int | None, dense: int | None) -> str:

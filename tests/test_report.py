@@ -182,24 +182,27 @@ def test_timings_are_told_by_setting():
 
 
 def test_the_gain_of_a_search_is_told():
-    summary = Summary(20, 9, 7, 0.9972, 0.9984, 0.0125, 0.01, (Agreement("predicted_error", "divergence", 0.614, 11),))
+    summary = Summary(
+        20, 9, 3, 7, 0.9972, 0.9984, 0.0125, 0.01, (Agreement("predicted_error", "divergence", 0.614, 11),)
+    )
     text = printed(gain(summary, "accuracy"))
     assert row(text, "accuracy")[1:] == ["0.9972", "0.9984", "+0.0012"]
     assert row(text, "divergence")[1:] == ["0.0125", "0.01", "-0.0025"]
-    assert "best: trial 7 of 20, 9 of which were stopped early" in text
+    assert "best: trial 7 of 20, 9 of which were stopped early; of 3 finalists, fine-tuned longer, it won" in text
     assert "rank correlation of predicted error and divergence after it: 0.61, n 11" in text
 
 
 def test_a_gain_over_what_was_pruned_is_not_told():
-    text = printed(gain(Summary(2, 1, 1, None, 0.5, None, None, ()), "accuracy"))
+    text = printed(gain(Summary(2, 1, 0, 1, None, 0.5, None, None, ()), "accuracy"))
     assert row(text, "accuracy")[1:] == ["pruned", "0.5000", ""]
+    assert "1 of which were stopped early\n" in text
     assert "divergence" not in text
 
 
 def test_times_are_told_by_part():
-    seconds = {"profile": 1.0, "calibrate": 2.0, "tables": 3.0, "trials": 3600.0, "final": 93.0, "test": 1.0}
-    assert times(seconds, 3330.0) == (
-        "time: preparation 6s, trials 1h00m, final fine-tune 1m33s, test 1s; 90% of it fine-tuning"
+    seconds = {"profile": 1.0, "calibrate": 2.0, "tables": 3.0, "trials": 3540.0, "finalists": 60.0, "final": 93.0}
+    assert times(seconds | {"test": 1.0}, 3330.0) == (
+        "time: preparation 6s, trials 59m00s, finalists 1m00s, final fine-tune 1m33s, test 1s; 90% of it fine-tuning"
     )
     assert times({"profile": 1.0}, 0.0) == "time: preparation 1s; 0% of it fine-tuning"
     assert times({"latency": 8.0, "tables": 1.0, "trials": 1.0}, 0.0).startswith("time: preparation 9s, trials 1s;")

@@ -22,13 +22,20 @@ from kronsearch.training.data import Data
 __all__ = ["check_cost", "final_plan", "is_done", "tuned"]
 
 
-def final_plan(best: FrozenTrial, study: str, data: Data | None) -> Plan:
-    """Return the stored plan of a trial with its score and where it comes from."""
+def final_plan(best: FrozenTrial, measured: FrozenTrial, study: str, data: Data | None) -> Plan:
+    """Return the stored plan of a trial with its score and where it comes from.
+
+    Args:
+        best: the trial.
+        measured: holds the score, as this trial or as a finalist.
+        study: of the trial.
+        data: that it was scored on.
+    """
     plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
     score = None
     if data is not None:
-        examples = int(best.user_attrs.get("examples") or 0)
-        score = Score(metric=data.task.metric_name, value=float(best.user_attrs[SCORE]), examples=examples)
+        examples = int(measured.user_attrs.get("examples") or 0)
+        score = Score(metric=data.task.metric_name, value=float(measured.user_attrs[SCORE]), examples=examples)
     provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number})
     return plan.model_copy(update={"score": score, "provenance": provenance})
 

@@ -27,7 +27,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import Given
+from kronsearch.search.study import Given, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Aim, Work
 from kronsearch.training.data import Data
@@ -232,7 +232,7 @@ def search_front(
     points.sort(key=lambda point: int(getattr(point.plan.compressed, span.limited)))
     found = ScoredFront(tuple(points), ledger.table(), folder, phases.seconds, work.tuning)
     if folder is not None:
-        ledger.save_table(folder)
+        save_table(found.trials, folder)
         make_folder(folder / _PLANS)
         for point in points:
             save_plan(point.plan, folder / point.name)
@@ -246,4 +246,4 @@ def search_front(
 
 def _point(trial: FrozenTrial, study: str, data: Data) -> ScoredPoint:
     measured = {name: float(trial.user_attrs[name]) for name in _MEASURED if trial.user_attrs.get(name) is not None}
-    return ScoredPoint(final_plan(trial, study, data), measured, f"{_PLANS}/trial-{trial.number}.json")
+    return ScoredPoint(final_plan(trial, trial, study, data), measured, f"{_PLANS}/trial-{trial.number}.json")

@@ -24,6 +24,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
+from kronsearch.search.study import save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.work import Work
@@ -164,13 +165,14 @@ def search(
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
     ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
     run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
-    best = ledger.best()
-    if best is None:
+    finals = run.finals(ledger)
+    won = finals.winner
+    if won is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
-    plan = pace.measured(final_plan(best, ledger.name, data))
-    small = run.finish(plan, final_epochs, folder)
+    plan = pace.measured(final_plan(*won, ledger.name, data))
+    small, table = run.finish(plan, final_epochs, folder), finals.table(ledger.table())
     if folder is not None:
         save_plan(plan, folder / "plan.json")
-        ledger.save_table(folder)
+        save_table(table, folder)
     dense, compressed = run.test(small)
-    return SearchResult(plan, small, dense, compressed, ledger.table(), folder, phases.seconds, run.tuning)
+    return SearchResult(plan, small, dense, compressed, table, folder, phases.seconds, run.tuning)

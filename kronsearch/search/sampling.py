@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, TrialState
 from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError
 
-__all__ = ["GIVEN", "SLOT", "new_sampler"]
+__all__ = ["GIVEN", "PLAIN", "SLOT", "new_sampler"]
 
 SLOT = "slot"  # in the user attributes of trials: its number among those that are wanted
+PLAIN = 0  # the slot of the plain allocation, with which every study begins
 GIVEN = "fixed_params"  # in the system attributes of trials whose parameters were set beforehand, as Optuna has it
 _STARTUP = 6  # trials before a sampler models anything; the first ones are given
 _SIGMA = 1 / 6  # of each parameter's range: what CMA-ES begins with

@@ -21,9 +21,10 @@ from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.finetune import StepReport, finetune_steps
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
-__all__ = ["Scorer"]
+__all__ = ["LONGER_IMAGES", "Scorer"]
 
 _PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
+LONGER_IMAGES = 24_000  # that the one of a finalist sees
 _REPORTS = 2  # scores of a proxy fine-tune, at which it may be pruned
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _PROXY = 11  # stream of random numbers
@@ -76,10 +77,17 @@ class Scorer:
         Every call with one seed sees the same images in the same order. If the loss is no longer finite, neither is the
         last evaluation.
         """
-        settings = TrainSettings(epochs=_PROXY_IMAGES / self.data.size("train"))
+        return self._scores(model, seed, _PROXY_IMAGES, _REPORTS)
+
+    def longer(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
+        """Fine-tune as `proxy` does, but longer, and yield the score only."""
+        return self._scores(model, seed, LONGER_IMAGES, 1)
+
+    def _scores(self, model: nn.Module, seed: int, images: int, reports: int) -> Iterator[Evaluation]:
+        settings = TrainSettings(epochs=images / self.data.size("train"))
         steps = total_steps(settings, self.data.size("train"))
         settings = replace(settings, lr=default_rate(steps))
-        for report in self._finetune(model, settings, stream(seed, _PROXY), math.ceil(steps / _REPORTS)):
+        for report in self._finetune(model, settings, stream(seed, _PROXY), math.ceil(steps / reports)):
             if not math.isfinite(report.loss):
                 yield Evaluation(math.nan, report.loss, math.nan, 0)
                 return

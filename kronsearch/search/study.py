@@ -1,7 +1,7 @@
 """The Optuna study: opening and resuming it, what a trial is asked for, and telling what came of it."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Identity",
     "Study",
     "objective_of",
+    "save_table",
     "was_stopped",
 ]
 
@@ -86,7 +87,7 @@ class Study:
         objectives: int = 1,
     ) -> None:
         self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
-        self._sampler = sampler
+        self._storage, self._identity, self._sampler = storage, dict(identity), sampler
         self._me, self._lookout = new_worker(), Lookout()
         self._study = open_study(storage, name, objectives)
         self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
@@ -103,6 +104,25 @@ class Study:
                 "repeat them to resume it, or pass another --study or --out"
             )
 
+    def beside(self, name: str, **identity: Any) -> "Study":
+        """Open the study of this name that belongs to this one, whose trials are given to it and never drawn.
+
+        Args:
+            name: added to this study's.
+            identity: what must not differ when it is resumed, besides all that must not in this one.
+
+        Raises:
+            StudyError: as of a study.
+        """
+        return Study(
+            self._storage,
+            f"{self.name} {name}",
+            {**self._identity, **identity},
+            higher_is_better=self.higher_is_better,
+            seed=self.seed,
+            sampler="random",
+        )
+
     def finished(self) -> list[FrozenTrial]:
         """Return the finished trials, stopped and pruned ones among them, in the order of their numbers."""
         return self._study.get_trials(deepcopy=False, states=FINISHED)
@@ -111,42 +131,51 @@ class Study:
         """Return the trials that came to their end, in the order of their numbers."""
         return [trial for trial in self.finished() if not was_stopped(trial)]
 
-    def best(self) -> FrozenTrial | None:
-        """Return the winner among the trials that came to their end, None if there are none, or more objectives.
+    def left(self, slots: Iterable[int]) -> list[int]:
+        """Return which of these slots aren't finished."""
+        finished = {trial.user_attrs.get(SLOT) for trial in self.finished()}
+        return [slot for slot in slots if slot not in finished]
 
-        Scores that differ from the best by no more than the standard error of the difference are alike; among those the
-        one of least objective wins, which is finer: at half of ResNet-32's MACs the best scores differ by one image in
-        2,500. Of equals it is the first.
+    def best(self) -> FrozenTrial | None:
+        """Return the winner among the trials that came to their end, None if there are none, or more objectives."""
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[FrozenTrial]:
+        """Return the trials that came to their end, the winner first; none of a study with more objectives.
+
+        Scores that differ from the best by no more than the standard error of the difference are alike, and stand
+        first; among those the order is that of the objective, which is finer: at half of ResNet-32's MACs the best
+        scores differ by one image in 2,500. Of equals the first stands first.
         """
         sign = -1 if self.higher_is_better else 1
         if len(self._study.directions) > 1:
-            return None
+            return []
         ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number))
         if not ranked:
-            return None
+            return []
         best, error = sign * _score(ranked[0]), _error(ranked[0])
         alike = [trial for trial in ranked if within_error(sign * _score(trial) - best, error, _error(trial))]
-        return min(alike, key=lambda trial: objective_of(trial) or 0.0)
+        others = [trial for trial in ranked if trial not in alike]
+        return [*sorted(alike, key=lambda trial: objective_of(trial) or 0.0), *others]
 
     def front(self) -> list[FrozenTrial]:
         """Return the trials than which none is better in one objective and no worse in others; of twins the first."""
         best = sorted(self._study.best_trials, key=lambda trial: trial.number, reverse=True)
         return list({trial.user_attrs["digest"]: trial for trial in best}.values())
 
-    def ask(self, wanted: int, given: Given) -> Trial | None:
+    def ask(self, slots: Iterable[int], given: Given) -> Trial | None:
         """Begin a trial that nobody else runs or has run.
 
         Args:
-            wanted: how many finished trials there shall be.
+            slots: the trials that there shall be in the end.
             given: maps a slot to parameters that are set beforehand, or to None.
 
         Returns:
             The trial, or None if all slots are finished or in the hands of other workers.
         """
         while True:
-            running = self.others()
-            taken = {trial.user_attrs.get(SLOT) for trial in [*self.finished(), *running]}
-            slot = next((slot for slot in range(wanted) if slot not in taken), None)
+            running = {trial.user_attrs.get(SLOT) for trial in self.others()}
+            slot = next((slot for slot in self.left(slots) if slot not in running), None)
             if slot is None:
                 return None
             trial = self._claim(slot, given(slot))
@@ -185,11 +214,6 @@ class Study:
             rows.append(row | trial.params)
         return pd.DataFrame(rows)
 
-    def save_table(self, folder: Path) -> None:
-        """Write the table as `trials.csv`."""
-        with replacing(folder / "trials.csv") as path:
-            self.table().to_csv(path, index=False)
-
     def _claim(self, slot: int, given: Mapping[str, float] | None) -> Trial | None:
         """Begin the trial of a slot; None if another worker was first."""
         claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
@@ -226,6 +250,12 @@ def was_stopped(trial: Trial | FrozenTrial) -> bool:
     return bool(trial.user_attrs.get(STOPPED)) or (
         isinstance(trial, FrozenTrial) and trial.state is not TrialState.COMPLETE
     )
+
+
+def save_table(table: pd.DataFrame, folder: Path) -> None:
+    """Write a table of trials as `trials.csv`."""
+    with replacing(folder / "trials.csv") as path:
+        table.to_csv(path, index=False)
 
 
 def _score(trial: FrozenTrial) -> float:

@@ -5,9 +5,11 @@ from itertools import combinations
 
 import pandas as pd
 
+from kronsearch.search.finals import LONGER
+from kronsearch.search.sampling import PLAIN
+
 __all__ = ["Agreement", "Summary", "summarise"]
 
-_PLAIN = 0  # the slot of the plain allocation, with which every study begins
 _FIDELITIES = ("predicted_error", "settled_divergence", "divergence")  # what is known of a plan, by what it costs
 _FEWEST = 5  # plans to tell a rank correlation of
 
@@ -36,8 +38,10 @@ class Summary:
     Args:
         trials: how many are finished.
         pruned: how many of them were stopped early, or diverged.
+        finalists: how many of them were fine-tuned longer; 0 where there was nothing to choose from.
         winner: the number of the winner.
-        plain: score of the plain allocation, with which every study begins; None if that was pruned.
+        plain: score of the plain allocation, with which every study begins; None if that was pruned. This and what
+            follows is after the longer fine-tune, where there were finalists.
         best: the winner's.
         plain_divergence: of the plain allocation's outputs from the dense network's; None if it isn't known.
         best_divergence: the winner's.
@@ -46,6 +50,7 @@ class Summary:
 
     trials: int
     pruned: int
+    finalists: int
     winner: int
     plain: float | None
     best: float
@@ -58,15 +63,20 @@ def summarise(trials: pd.DataFrame, winner: int) -> Summary:
     """Return the summary of a study's table and the number of its winner."""
     won = trials[trials["trial"] == winner].iloc[0]
     ended = trials[trials["state"] == "complete"]
-    plain = ended[ended["slot"] == _PLAIN]
+    plain = ended[ended["slot"] == PLAIN]
+    finalists = int(trials[f"{LONGER}score"].notna().sum()) if f"{LONGER}score" in trials else 0
+    longer = LONGER if finalists and pd.notna(won[f"{LONGER}score"]) else ""
+    best = _number(won, f"{longer}score")
+    assert best is not None
     return Summary(
         trials=len(trials),
         pruned=len(trials) - len(ended),
+        finalists=finalists,
         winner=winner,
-        plain=None if plain.empty else float(plain.iloc[0]["score"]),
-        best=float(won["score"]),
-        plain_divergence=None if plain.empty else _number(plain.iloc[0], "divergence"),
-        best_divergence=_number(won, "divergence"),
+        plain=None if plain.empty else _number(plain.iloc[0], f"{longer}score"),
+        best=best,
+        plain_divergence=None if plain.empty else _number(plain.iloc[0], f"{longer}divergence"),
+        best_divergence=_number(won, f"{longer}divergence"),
         agreements=tuple(
             found
             for cheap, dear in combinations(_FIDELITIES, 2)

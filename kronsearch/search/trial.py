@@ -14,7 +14,7 @@ from kronsearch.search.study import SCORE, STOPPED, objective_of, was_stopped
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.evaluate import Evaluation
 
-__all__ = ["foretold", "outcome", "overstepped", "score"]
+__all__ = ["foretold", "outcome", "overstepped", "score", "score_longer"]
 
 OVER = "over"
 _MEASURED = ("settled", "settled_divergence", SCORE, "error", "divergence", "examples", STOPPED)
@@ -64,8 +64,26 @@ def score(
             trial.set_user_attr(STOPPED, True)
             value = foretold(value, step, ended)
             break
-    for key, measured in zip(_MEASURED[2:6], (last.metric, last.error, last.divergence, last.n), strict=True):
-        trial.set_user_attr(key, measured)
+    _write(trial, last)
+    return value
+
+
+def score_longer(trial: Trial, plan: Plan, scorer: Scorer, *, seed: int) -> float | None:
+    """Return the objective of a finalist's plan after a longer fine-tune, and write what was measured to its trial.
+
+    None if it diverges.
+
+    Args:
+        trial: of the study of finalists.
+        plan: what is measured.
+        scorer: of the search.
+        seed: of the fine-tune.
+    """
+    *_, last = scorer.longer(scorer.build(plan.replaced), seed)
+    value = _objective(last)
+    if not math.isfinite(value):
+        return None
+    _write(trial, last)
     return value
 
 
@@ -120,6 +138,13 @@ def _settled(trial: Trial, scorer: Scorer, small: nn.Module) -> Evaluation:
     trial.set_user_attr("settled", settled.metric)
     trial.set_user_attr("settled_divergence", settled.divergence)
     return settled
+
+
+def _write(trial: Trial, measured: Evaluation) -> None:
+    """Write to a trial what its network came to."""
+    values = (measured.metric, measured.error, measured.divergence, measured.n)
+    for key, value in zip(_MEASURED[2:6], values, strict=True):
+        trial.set_user_attr(key, value)
 
 
 def _objective(evaluation: Evaluation) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from kronsearch.finetuning.validation import tested
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Latency, Plan
+from kronsearch.progress import Phase
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem
 from kronsearch.search.decoders import Decoder
 from kronsearch.search.draft import Draft
+from kronsearch.search.finals import Finals
 from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Given, Study
+from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Given, Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
@@ -67,7 +70,7 @@ class Work:
         self.subject, self.limits, self.draft, self.pace, self.decoder = subject, limits, draft, pace, decoder
         self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
-        self._waited: int | None = None
+        self._waited: tuple[Phase, int] | None = None
         self._final_seconds = 0.0
 
     @property
@@ -169,19 +172,55 @@ class Work:
             folder: for the table of trials, written after each.
         """
         wanted = self.wanted(trials)
-        if len(ledger.finished()) < wanted:
-            self.set_problem()
+        if not ledger.left(range(wanted)):
+            self.begin(ledger, wanted)
+            return
+        self.set_problem()
         self.begin(ledger, wanted)
-        while (done := len(ledger.finished())) < wanted:
+
+        def run(trial: Trial) -> None:
+            self.trial(ledger, trial, wanted)
+            if folder is not None:
+                save_table(ledger.table(), folder)
+
+        self._share("trials", ledger, range(wanted), self.given(), run, ends)
+
+    def finals(self, ledger: Study) -> Finals:
+        """Fine-tune the finalists of a study longer, or wait for others to do it; see `Finals`."""
+        finals = Finals.of(ledger)
+        rounds, slots = finals.ledger, finals.slots
+        if rounds is None or not rounds.left(slots):
+            return finals
+        scorer = self.scorer()
+        assert scorer is not None
+        self.subject.tell("finalists", len(slots) - len(rounds.left(slots)), len(slots))
+
+        def run(trial: Trial) -> None:
+            told = finals.score(trial, scorer, self.draft.seed)
+            self.subject.tell("finalists", len(slots) - len(rounds.left(slots)), len(slots), told)
+
+        self._share("finalists", rounds, slots, lambda _: None, run, None)
+        return finals
+
+    def _share(
+        self,
+        phase: Phase,
+        ledger: Study,
+        slots: Sequence[int],
+        given: Given,
+        run: Callable[[Trial], None],
+        ends: float | None,
+    ) -> None:
+        """Run, or wait for others to run, what is left of these slots; after `ends`, if one is done, nothing more."""
+        while left := ledger.left(slots):
+            done = len(slots) - len(left)
             late = bool(done) and ends is not None and time.monotonic() > ends
-            trial = None if late else ledger.ask(wanted, self.given())
+            trial = None if late else ledger.ask(slots, given)
             if trial is not None:
                 with ledger.at_work(trial):
-                    self.trial(ledger, trial, wanted)
-                if folder is not None:
-                    ledger.save_table(folder)
+                    run(trial)
             elif others := ledger.others():  # the winner is chosen among all trials, theirs too
-                self.wait(len(others), done, wanted)
+                self.wait(phase, len(others), done, len(slots))
             elif late:
                 break
 
@@ -191,11 +230,11 @@ class Work:
         known = None if best is None else best.user_attrs[SCORE]
         self.subject.tell("trials", len(ledger.finished()), wanted, best=known)
 
-    def wait(self, others: int, done: int, wanted: int) -> None:
+    def wait(self, phase: Phase, others: int, done: int, wanted: int) -> None:
         """Leave other workers time to end their trials; tell so once for each that ends."""
-        if done != self._waited:
-            self._waited = done
-            self.subject.tell("trials", done, wanted, f"waiting for other workers, which run {others}")
+        if (phase, done) != self._waited:
+            self._waited = phase, done
+            self.subject.tell(phase, done, wanted, f"waiting for other workers, which run {others}")
         time.sleep(_PATIENCE)
 
     def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:

@@ -1,12 +1,13 @@
 """What the search adds: the same budget by several means, each plan after one common fine-tune.
 
 python run.py --weights WEIGHTS --data CIFAR10_DIR --out OUT [--model zoo:cifar_resnet20] [--budgets params=20%]
-    [--seeds 0] [--arms uniform,fisher,…] [--seconds 420] [--epochs 2]
+    [--seeds 0] [--arms uniform,fisher,…] [--seconds 240] [--epochs 1]
 
 OUT gets a row in rows.csv for each budget, seed and arm that is done, and each test image's outcome beside it; what is
 there is not done again, so the same line goes on where it was stopped, and others add budgets, seeds and arms. An arm
-that searches has so many seconds of the process's own time for its trials, whatever else the machine does; error tables
-and sensitivities are computed before, once for all arms. Plans that several arms come to are fine-tuned once a seed.
+that searches has so many seconds of the process's own time for its trials, whatever else the machine does, and its
+finalists are fine-tuned longer after that; error tables and sensitivities are computed before, once for all arms. Plans
+that several arms come to are fine-tuned once a seed.
 
 uniform        CP of one rank ratio for all layers but the first convolution and the last layer, as the budget allows
 plain, absolute, inputs, fisher, measured
@@ -165,22 +166,29 @@ class Bench:
         given = work.decoder.given(work.problem)
         began = time.process_time()
         while time.process_time() - began < self.options.seconds:
-            trial = ledger.ask(MANY, given)
+            trial = ledger.ask(range(MANY), given)
             assert trial is not None
             with ledger.at_work(trial):
                 work.trial(ledger, trial, MANY)
-        took, table = time.process_time() - began, ledger.table()
+        took, first = time.process_time() - began, ledger.best()
+        finals = work.finals(ledger)
+        assert first is not None
+        assert finals.winner is not None
+        best, measured = finals.winner
+        table = finals.table(ledger.table())
         table.to_csv(folder / "trials.csv", index=False)
-        best = ledger.best()
-        assert best is not None
         told = {
             "trials": len(table),
             "pruned": int((table["state"] == "pruned").sum()),
             "over": int((table["over"] > 0).sum()) if "over" in table else 0,
+            "first": first.user_attrs["slot"],  # before the finals
             "winner": best.user_attrs["slot"],
             "search_seconds": round(took, 1),
+            "finals_seconds": round(time.process_time() - began - took, 1),
             "proxy_divergence": best.value,
             "plain_proxy_divergence": float(table["divergence"][0]),
+            "longer_divergence": measured.value,
+            "plain_longer_divergence": float(table.get("longer_divergence", table["divergence"])[0]),
         }
         return parse_plan(str(best.user_attrs[PLAN]), origin="the winner").replaced, told
 
@@ -265,8 +273,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=lambda text: text.split(","), default=["params=20%"])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
-    parser.add_argument("--seconds", type=float, default=420.0)
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     options = parser.parse_args()
     if unknown := set(options.arms) - set(ARMS):
         sys.exit(f"no arms {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")

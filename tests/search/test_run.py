@@ -178,7 +178,7 @@ def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(fou
     assert [trial.value for trial in trials] == result.trials["divergence"].tolist()
     assert [trial.intermediate_values[2] for trial in trials] == result.trials["divergence"].tolist()
     winner = trials[result.plan.provenance.trial]
-    assert result.plan.score.value == winner.user_attrs["score"] > 0.9
+    assert winner.user_attrs["score"] > 0.9
     assert result.plan.score.examples == winner.user_attrs["examples"]
     assert (result.trials["settled_divergence"] > result.trials["divergence"]).all()
 
@@ -188,15 +188,29 @@ def test_the_summary_and_the_times_are_of_the_trials(found):
     summary = result.summary
     assert (summary.trials, summary.winner) == (2, result.plan.provenance.trial)
     assert summary.best == result.plan.score.value
-    assert summary.plain_divergence == result.trials["divergence"][0]
-    assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "trials", "final", "test"}
-    assert 0 < result.tuning < result.seconds["trials"] + result.seconds["final"]
+    assert summary.plain_divergence == result.trials["longer_divergence"][0]
+    assert summary.finalists == 2
+    tuned = {"trials", "finalists", "final"}
+    assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "test", *tuned}
+    assert 0 < result.tuning < sum(result.seconds[phase] for phase in tuned)
+
+
+def test_the_winner_is_chosen_among_finalists_that_a_longer_fine_tune_brings_nearer(found):
+    result, _ = found
+    trials, winner = result.trials, result.plan.provenance.trial
+    assert (trials["longer_divergence"] < trials["divergence"]).all()
+    assert winner == trials["longer_divergence"].idxmin()
+    assert result.plan.score.value == trials["longer_score"][winner]
+    study = optuna.load_study(study_name="kronsearch finalists", storage=f"sqlite:///{result.out / 'study.db'}")
+    assert sorted(trial.user_attrs["slot"] for trial in study.trials) == [0, 1]
+    assert pd.read_csv(result.out / "trials.csv")["longer_score"].tolist() == trials["longer_score"].tolist()
 
 
 def test_every_phase_is_told_in_order(found):
     _, told = found
     phases = list(dict.fromkeys(step.phase for step in told))
-    assert phases == ["profile", "calibrate", "tables", "sensitivity", "trials", "final", "test"]
+    assert phases == ["profile", "calibrate", "tables", "sensitivity", "trials", "finalists", "final", "test"]
+    assert [step.done for step in told if step.phase == "finalists"] == [0, 1, 2]
     trials = [step for step in told if step.phase == "trials"]
     assert [step.done for step in trials] == [0, 1, 2]
     assert trials[-1].best == max(step.best for step in trials[1:])

@@ -25,7 +25,7 @@ def opened(path, name, seed=0):
 
 def run_trials(study, count):
     while len(study.finished()) < count:
-        trial = study.ask(count, given)
+        trial = study.ask(range(count), given)
         x, y = trial.suggest_float("x", -1, 1), trial.suggest_float("y", 0, 4)
         trial.set_user_attr(SCORE, x)
         study.tell(trial, x**2 + (y - 3) ** 2)
@@ -37,7 +37,7 @@ def test_a_study_that_was_cut_off_is_the_one_without(tmp_path, name):
     whole = run_trials(opened(tmp_path / "whole.db", name), COUNT)
     for count in (4, 9):
         run_trials(cut := opened(tmp_path / "cut.db", name), count)
-        cut.ask(COUNT, given).suggest_float("x", -1, 1)  # it gets a number, and no end
+        cut.ask(range(COUNT), given).suggest_float("x", -1, 1)  # it gets a number, and no end
     assert run_trials(opened(tmp_path / "cut.db", name), COUNT) == whole
     assert whole[:2] == [given(0), given(1)]
     assert len({params["x"] for params in whole[2:]}) > COUNT // 2

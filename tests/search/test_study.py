@@ -59,7 +59,7 @@ def run_trial(study, trial):
 
 def run_trials(study, count):
     while len(study.finished()) < count:
-        assert run_trial(study, study.ask(count, given))
+        assert run_trial(study, study.ask(range(count), given))
     return outcome(study)
 
 
@@ -72,7 +72,7 @@ def work(url, count):
     """Work on a study like `search` does until it is done."""
     study = Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
     while len(study.finished()) < count:
-        trial = study.ask(count, given)
+        trial = study.ask(range(count), given)
         if trial is None:
             time.sleep(0.01)
         else:
@@ -81,7 +81,7 @@ def work(url, count):
 
 
 def begin_and_hang(path, ready):
-    trial = opened(path).ask(MANY, given)
+    trial = opened(path).ask(range(MANY), given)
     trial.suggest_float("x", -1, 1)
     ready.set()
     time.sleep(600)
@@ -147,11 +147,11 @@ def test_a_killed_workers_trial_is_asked_again_and_nothing_finished_is_lost(tmp_
     run_trials(study, 3)
     worker = started(begin_and_hang, tmp_path / "a.db", ready)
     assert ready.wait(60)
-    assert study.ask(4, given) is None  # the fourth is in hand
+    assert study.ask(range(4), given) is None  # the fourth is in hand
     assert [trial.number for trial in study.others()] == [3]
     kill(worker)
     assert len(study.finished()) == 3
-    trial = study.ask(4, given)
+    trial = study.ask(range(4), given)
     assert [t.state for t in study._study.get_trials(deepcopy=False)][3:] == [TrialState.FAIL, TrialState.RUNNING]
     assert run_trial(study, trial)
     assert outcome(study) == run_trials(opened(tmp_path / "b.db"), 4)
@@ -159,10 +159,10 @@ def test_a_killed_workers_trial_is_asked_again_and_nothing_finished_is_lost(tmp_
 
 def test_what_this_process_gave_up_is_asked_again(tmp_path):
     """As when a search in a notebook is interrupted and begun anew."""
-    assert opened(tmp_path / "a.db").ask(2, given).suggest_float("x", -1, 1) == 0.25
+    assert opened(tmp_path / "a.db").ask(range(2), given).suggest_float("x", -1, 1) == 0.25
     study = opened(tmp_path / "a.db")
     for params in GIVEN[:2]:
-        trial = study.ask(2, given)
+        trial = study.ask(range(2), given)
         assert trial.suggest_float("x", -1, 1) == params["x"]
         study.tell(trial, 1.0)
     assert len(study.finished()) == 2
@@ -172,15 +172,15 @@ def test_a_worker_of_another_machine_is_left_alone_until_it_is_silent(tmp_path):
     here, there, now = opened(tmp_path / "a.db"), opened(tmp_path / "a.db"), [0.0]
     there._me["machine"] = "elsewhere"
     here._lookout = Lookout(grace=100, clock=lambda: now[0])
-    trial = there.ask(1, given)
+    trial = there.ask(range(1), given)
     for second in (0.0, 100.0):
         now[0] = second
-        assert here.ask(1, given) is None
+        assert here.ask(range(1), given) is None
     trial.set_user_attr(BEAT, 1)
     now[0] = 150.0
-    assert here.ask(1, given) is None
+    assert here.ask(range(1), given) is None
     now[0] = 251.0
-    assert run_trial(here, here.ask(1, given))
+    assert run_trial(here, here.ask(range(1), given))
     assert not there.tell(trial, 1.0)
 
 
@@ -191,11 +191,11 @@ def test_of_two_that_claim_a_slot_at_once_the_first_has_it(tmp_path, monkeypatch
 
     def claim_too_late(slot, params):
         if not early:
-            early.append(first.ask(2, given))
+            early.append(first.ask(range(2), given))
         return claim(slot, params)
 
     monkeypatch.setattr(second, "_claim", claim_too_late)
-    late = second.ask(2, given)
+    late = second.ask(range(2), given)
     assert early[0].suggest_float("x", -1, 1) == GIVEN[0]["x"]
     assert late.suggest_float("x", -1, 1) == GIVEN[1]["x"]
     assert [trial.state.name for trial in first._study.get_trials()] == ["RUNNING", "FAIL", "RUNNING"]
@@ -203,9 +203,9 @@ def test_of_two_that_claim_a_slot_at_once_the_first_has_it(tmp_path, monkeypatch
 
 def test_what_was_taken_over_does_not_count_twice(tmp_path):
     slow = opened(tmp_path / "a.db")
-    trial = slow.ask(1, given)
+    trial = slow.ask(range(1), given)
     fast = opened(tmp_path / "a.db")  # of the same process: it takes the other one for gone
-    assert run_trial(fast, fast.ask(1, given))
+    assert run_trial(fast, fast.ask(range(1), given))
     with slow.at_work(trial):
         trial.set_user_attr(SCORE, 1.0)
         pytest.fail("it goes on with a trial that isn't its own")
@@ -216,7 +216,7 @@ def test_what_was_taken_over_does_not_count_twice(tmp_path):
 def scored(study, *results):
     """Run a trial for each (score, standard error, divergence); None for one that is pruned."""
     for result in results:
-        trial = study.ask(MANY, no_given)
+        trial = study.ask(range(MANY), no_given)
         if result is not None:
             trial.set_user_attr(SCORE, result[0])
             trial.set_user_attr("error", result[1])
@@ -237,7 +237,7 @@ def test_the_best_is_the_first_of_equals_and_pruned_trials_count_as_finished(tmp
 
 def test_a_stopped_trial_is_known_to_the_sampler_but_does_not_win(tmp_path):
     study = opened(tmp_path / "a.db")
-    trial = study.ask(MANY, no_given)
+    trial = study.ask(range(MANY), no_given)
     trial.set_user_attr(STOPPED, True)
     scored(study, (0.5, 0, 1.0))
     trial.set_user_attr(SCORE, 0.9)
@@ -269,7 +269,7 @@ def test_the_sampler_comes_near_to_the_least_divergence(tmp_path):
     """And not to the best score, which here is at the other end."""
     study = opened(tmp_path / "a.db")
     while len(study.finished()) < 16:
-        trial = study.ask(MANY, no_given)
+        trial = study.ask(range(MANY), no_given)
         x = trial.suggest_float("x", -1, 1)
         trial.set_user_attr(SCORE, x)
         study.tell(trial, x**2)
@@ -309,7 +309,7 @@ def test_four_workers_end_with_each_trial_once(tmp_path, url):
     table = study.table()
     assert sorted(table["slot"]) == list(range(count))
     assert table["trial"].is_unique
-    assert study.ask(count, given) is None
+    assert study.ask(range(count), given) is None
     assert study.others() == []
     for slot, params in enumerate(GIVEN):
         [x] = table.loc[table["slot"] == slot, "x"]

@@ -30,6 +30,19 @@ def test_a_plain_allocation_that_was_pruned_has_no_score():
     assert (found.plain, found.plain_divergence, found.pruned) == (None, None, 1)
 
 
+def test_where_there_were_finalists_the_gain_is_after_their_longer_fine_tune():
+    nan = float("nan")
+    longer = {"longer_score": [0.8, nan, 0.9], "longer_divergence": [0.2, nan, 0.1]}
+    told = table(score=[0.5, 0.6, 0.75], divergence=[0.25, 0.3, 0.125], **longer)
+    summary = summarise(told, winner=3)
+    assert (summary.finalists, summary.plain, summary.best) == (2, 0.8, 0.9)
+    assert (summary.plain_divergence, summary.best_divergence) == (0.2, 0.1)
+    diverged = summarise(told.assign(state=["pruned", "complete", "complete"]), winner=3)
+    assert (diverged.plain, diverged.best) == (None, 0.9)
+    chosen = summarise(told, winner=2)  # as if all finalists had diverged
+    assert (chosen.plain, chosen.best) == (0.5, 0.6)
+
+
 def test_without_data_or_teacher_there_is_no_divergence():
     assert summarise(table(score=[0.5]), winner=1).best_divergence is None
     assert summarise(table(score=[0.5], divergence=[None]), winner=1).plain_divergence is None
