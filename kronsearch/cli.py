@@ -117,7 +117,7 @@ def run(
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials of the study [default: 20]")] = None,
-    timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="End the trials after this time")] = None,
+    timeout: Annotated[Words, typer.Option("--timeout", metavar="30m", help="Begin no trial after this time")] = None,
     storage: Annotated[
         Words, typer.Option("--storage", metavar="URL", help="Storage of the study [default: sqlite:///OUT/study.db]")
     ] = None,

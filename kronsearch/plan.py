@@ -140,7 +140,7 @@ class Decomposition(_Part):
 
 
 class Score(_Part):
-    """The score of the plan's trial, on the validation split after the proxy fine-tune."""
+    """The score by which the plan was chosen, on the validation split after a short fine-tune."""
 
     metric: str
     value: float

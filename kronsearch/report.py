@@ -88,18 +88,16 @@ def comparison(
 
 def gain(summary: "Summary", metric: str) -> RenderableType:
     """Return what the trials gained over the plain allocation, and how well cheap measures order plans."""
-    table = _table("on the validation split", numbers=("plain allocation", "best trial", "change"))
+    table = _table("on the validation split", numbers=("plain allocation", "winner", "change"))
     for name, plain, best, digits in (
         (metric, summary.plain, summary.best, ".4f"),
         ("divergence", summary.plain_divergence, summary.best_divergence, ".4g"),
     ):
         if best is not None:
-            known = ("pruned", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
+            known = ("no score", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
             table.add_row(one_line(name), known[0], f"{best:{digits}}", known[1])
-    finalists = f"; of {summary.finalists} finalists, fine-tuned longer, it won" if summary.finalists else ""
-    lines = [
-        f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early{finalists}"
-    ]
+    finals = f"; it won among {summary.finalists} finalists, fine-tuned longer" if summary.finalists else ""
+    lines = [f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early{finals}"]
     lines += [
         f"rank correlation of {_NAMES[found.cheap]} and {_NAMES[found.dear]}: {found.correlation:.2f}, n {found.n}"
         for found in summary.agreements
@@ -324,9 +322,7 @@ def _gap(plan: Plan) -> list[str]:
 
 def _score(plan: Plan) -> list[str]:
     score = plan.score
-    return (
-        [] if score is None else [f"score of its trial: {one_line(score.metric)} {score.value:.4f}, n {score.examples}"]
-    )
+    return [] if score is None else [f"score: {one_line(score.metric)} {score.value:.4f}, n {score.examples}"]
 
 
 def _model(plan: Plan) -> str:

@@ -72,7 +72,7 @@ def test_a_plan_is_shown_whole(plan):
     assert row(text, "head") == ["head", "10×8", "dense: no candidate costs less", ""]
     for fact in (
         "predicted error: 0.125",
-        "score of its trial: accuracy 0.9765, n 144",
+        "score: accuracy 0.9765, n 144",
         """model: zoo:digits with --model-args '{"width": 8}', input 4×8×8, 1 of 2 layers replaced""",
         "decomposition: data-aware, 256 images, batch norms re-estimated on 512 images, seed 3",
         "provenance: trial 7 of study digits, seed 3, kronsearch 0.1.0",
@@ -188,13 +188,13 @@ def test_the_gain_of_a_search_is_told():
     text = printed(gain(summary, "accuracy"))
     assert row(text, "accuracy")[1:] == ["0.9972", "0.9984", "+0.0012"]
     assert row(text, "divergence")[1:] == ["0.0125", "0.01", "-0.0025"]
-    assert "best: trial 7 of 20, 9 of which were stopped early; of 3 finalists, fine-tuned longer, it won" in text
+    assert "best: trial 7 of 20, 9 of which were stopped early; it won among 3 finalists, fine-tuned longer" in text
     assert "rank correlation of predicted error and divergence after it: 0.61, n 11" in text
 
 
 def test_a_gain_over_what_was_pruned_is_not_told():
     text = printed(gain(Summary(2, 1, 0, 1, None, 0.5, None, None, ()), "accuracy"))
-    assert row(text, "accuracy")[1:] == ["pruned", "0.5000", ""]
+    assert row(text, "accuracy")[1:] == ["no score", "0.5000", ""]
     assert "1 of which were stopped early\n" in text
     assert "divergence" not in text
 

@@ -49,8 +49,8 @@ class Start:
 
     @property
     def digest(self) -> str:
-        """A digest of the plan and the content; what a plan was timed at is of no account."""
-        plan = self.plan.model_copy(update={"latency": None})
+        """A digest of the plan and the content; what a plan was timed at, or scored before, is of no account."""
+        plan = self.plan.model_copy(update={"latency": None, "score": None})
         return hashlib.sha256(f"{plan.model_dump_json()} {self.content}".encode()).hexdigest()[:16]
 
 

@@ -1,99 +1,97 @@
-"""The finalists of a search: its best plans and the plain allocation, fine-tuned longer before one of them wins."""
+"""The finalists of a search: its best plans and the plain allocation's, fine-tuned longer before one of them wins."""
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple
 
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial
 
 from kronsearch.plan import parse_plan
 from kronsearch.search.sampling import PLAIN, SLOT
-from kronsearch.search.score import LONGER_IMAGES, Scorer
-from kronsearch.search.study import PLAN, SCORE, Study
+from kronsearch.search.score import Scorer
+from kronsearch.search.study import DIGEST, PLAN, SCORE, Study, was_stopped
 from kronsearch.search.trial import outcome, score_longer
 
-__all__ = ["LONGER", "Finals"]
+__all__ = ["LONGER", "Finals", "Winner"]
 
-LONGER = "longer_"  # begins the names of what was measured of finalists in a table of trials
-_MOST = 3  # finalists
+LONGER = "longer_"  # begins the names of a table's columns that tell of finalists
+_BEST = 2  # plans, besides the plain allocation's
 _TOLD = (SCORE, "error", "divergence")
 
 
-@dataclass(frozen=True)
-class Finals:
-    """The finalists of a study of trials, and the study in which these are scored after a longer fine-tune.
-
-    The best of many trials owes a part of its lead to the noise of what it was chosen by, and what a short fine-tune
-    leaves of a plan is not all that a long one will. So the best of them are measured once more, and beside them the
-    plain allocation, which is hard to beat. Their study lies in the same storage; a trial's slot in there is the
-    number that the finalist has as a trial. So it is resumed, and shared by workers, as any study is.
+class Winner(NamedTuple):
+    """Who won.
 
     Args:
-        ranked: the trials that came to their end, the best first.
-        slots: the numbers of the finalists among them; none if there is nothing to choose from.
-        ledger: their study, None if there are none.
+        trial: of the search.
+        measured: holds what its plan was measured to be worth: a trial of the finals, or the same where there is none.
     """
 
-    ranked: list[FrozenTrial]
-    slots: tuple[int, ...]
-    ledger: Study | None
+    trial: FrozenTrial
+    measured: FrozenTrial
 
-    @classmethod
-    def of(cls, trials: Study) -> Self:
-        """Return the finals of a study whose trials are done.
 
-        Raises:
-            StudyError: the study of finalists can't be opened.
-        """
-        ranked = trials.ranked()
-        slots = _finalists(ranked)
-        return cls(ranked, slots, trials.beside("finalists", images=LONGER_IMAGES) if slots else None)
+class Finals:
+    """The finals of a study: its best plans and the plain allocation's are scored once more, after a longer fine-tune.
+
+    What a short fine-tune leaves of a plan is not all that a long one will, and the best of many trials is the one that
+    this flatters most; the plain allocation is hard to beat. The study of the finals lies beside the other one, and is
+    resumed, and shared by workers, as any is. A slot in there is the digest of a plan.
+
+    Args:
+        trials: the study of the search.
+        ledger: that of its finals.
+    """
+
+    def __init__(self, trials: Study, ledger: Study) -> None:
+        self._trials, self.ledger = trials, ledger
 
     @property
-    def winner(self) -> tuple[FrozenTrial, FrozenTrial] | None:
-        """The trial that won, and the one that holds what it was measured to be worth; None if there is no trial.
+    def slots(self) -> list[str]:
+        """The digests of the finalists, as the trials stand; none where one plan is all that there is."""
+        best: dict[str, FrozenTrial] = {}
+        for trial in self._trials.ranked():
+            best.setdefault(trial.user_attrs[DIGEST], trial)
+        plain = [trial.user_attrs[DIGEST] for trial in self._trials.ended() if trial.user_attrs[SLOT] == PLAIN]
+        chosen = [*plain, *[digest for digest in best if digest not in plain][:_BEST]]
+        return chosen if len(chosen) > 1 else []
 
-        The second is that of the finals, or the first itself where nothing was to be chosen, or all finalists diverged.
+    def winner(self) -> Winner | None:
+        """Return who won, None if no trial came to its end.
+
+        That is the best of all plans that were measured here, with fewer trials too; where there are none, or all
+        diverged, it is the best trial.
         """
-        finals = [] if self.ledger is None else self.ledger.ranked()
-        for final in finals:
-            if final.user_attrs[SLOT] in self.slots:
-                return self._trial(final.user_attrs[SLOT]), final
-        return (self.ranked[0], self.ranked[0]) if self.ranked else None
+        ranked = self._trials.ranked()
+        first = {trial.user_attrs[DIGEST]: trial for trial in reversed(ranked)}
+        for final in self.ledger.ranked():
+            if final.user_attrs[SLOT] in first:  # else it is of a study that is there no more
+                return Winner(first[final.user_attrs[SLOT]], final)
+        return Winner(ranked[0], ranked[0]) if ranked else None
 
     def score(self, trial: Trial, scorer: Scorer, seed: int) -> str:
         """Score a finalist, and return what came of it in a few words.
 
         Args:
-            trial: of the study of finalists.
+            trial: of the finals.
             scorer: of the search.
             seed: of the fine-tune.
         """
-        assert self.ledger is not None
-        number = int(trial.user_attrs[SLOT])
-        plan = parse_plan(str(self._trial(number).user_attrs[PLAN]), origin=f"the plan of trial {number}")
+        owner = next(t for t in self._trials.ended() if t.user_attrs[DIGEST] == trial.user_attrs[SLOT])
+        plan = parse_plan(str(owner.user_attrs[PLAN]), origin=f"the plan of trial {owner.number}")
         value = score_longer(trial, plan, scorer, seed=seed)
         self.ledger.tell(trial, *(() if value is None else (value,)))
-        return f"trial {number} {outcome(trial, value)}"
+        return f"trial {owner.number} {'diverged' if value is None else outcome(trial, value)}"
 
-    def table(self, trials: pd.DataFrame) -> pd.DataFrame:
-        """Return a study's table with what finalists were measured to be worth beside their trials."""
-        finals = {} if self.ledger is None else {t.user_attrs[SLOT]: t.user_attrs for t in self.ledger.ended()}
+    def table(self) -> pd.DataFrame:
+        """Return the table of the trials, and beside them how finalists ended and what these are worth."""
+        table = self._trials.table()
+        finals = {trial.user_attrs[SLOT]: trial for trial in self.ledger.finished()}
         if not finals:
-            return trials
-        joined = trials.copy()
+            return table
+        own = [finals.get(digest) for digest in table[DIGEST]]
+        table[f"{LONGER}state"] = [
+            None if final is None else "diverged" if was_stopped(final) else "complete" for final in own
+        ]
         for name in _TOLD:
-            joined[f"{LONGER}{name}"] = [finals.get(number, {}).get(name) for number in trials["trial"]]
-        return joined
-
-    def _trial(self, number: int) -> FrozenTrial:
-        return next(trial for trial in self.ranked if trial.number == number)
-
-
-def _finalists(ranked: list[FrozenTrial]) -> tuple[int, ...]:
-    """Return the numbers of the plain allocation and the best others, all of different plans; none if one is all."""
-    chosen: dict[str, FrozenTrial] = {}
-    for trial in [*(trial for trial in ranked if trial.user_attrs[SLOT] == PLAIN), *ranked]:
-        if len(chosen) < _MOST:
-            chosen.setdefault(str(trial.user_attrs.get("digest")), trial)
-    return tuple(trial.number for trial in chosen.values()) if len(chosen) > 1 else ()
+            table[f"{LONGER}{name}"] = [None if final is None else final.user_attrs.get(name) for final in own]
+        return table

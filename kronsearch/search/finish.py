@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from optuna.trial import FrozenTrial
 from torch import nn
 
 from kronsearch.errors import KronsearchError, ModelError, StudyError, TrainingError
@@ -16,27 +15,27 @@ from kronsearch.models.apply import is_compressed, stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score, parse_plan
+from kronsearch.search.finals import Winner
 from kronsearch.search.study import PLAN, SCORE
 from kronsearch.training.data import Data
 
 __all__ = ["check_cost", "final_plan", "is_done", "tuned"]
 
 
-def final_plan(best: FrozenTrial, measured: FrozenTrial, study: str, data: Data | None) -> Plan:
-    """Return the stored plan of a trial with its score and where it comes from.
+def final_plan(won: Winner, study: str, data: Data | None) -> Plan:
+    """Return the stored plan of a trial that won, with its score and where it comes from.
 
     Args:
-        best: the trial.
-        measured: holds the score, as this trial or as a finalist.
+        won: the trial, and what holds its score.
         study: of the trial.
         data: that it was scored on.
     """
-    plan = parse_plan(str(best.user_attrs[PLAN]), origin=f"the plan of trial {best.number}")
+    plan = parse_plan(str(won.trial.user_attrs[PLAN]), origin=f"the plan of trial {won.trial.number}")
     score = None
     if data is not None:
-        examples = int(measured.user_attrs.get("examples") or 0)
-        score = Score(metric=data.task.metric_name, value=float(measured.user_attrs[SCORE]), examples=examples)
-    provenance = plan.provenance.model_copy(update={"study": study, "trial": best.number})
+        examples = int(won.measured.user_attrs.get("examples") or 0)
+        score = Score(metric=data.task.metric_name, value=float(won.measured.user_attrs[SCORE]), examples=examples)
+    provenance = plan.provenance.model_copy(update={"study": study, "trial": won.trial.number})
     return plan.model_copy(update={"score": score, "provenance": provenance})
 
 

@@ -21,6 +21,7 @@ from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
+from kronsearch.search.finals import Winner
 from kronsearch.search.finish import final_plan
 from kronsearch.search.pace import Pace
 from kronsearch.search.reach import check_reachable
@@ -246,4 +247,4 @@ def search_front(
 
 def _point(trial: FrozenTrial, study: str, data: Data) -> ScoredPoint:
     measured = {name: float(trial.user_attrs[name]) for name in _MEASURED if trial.user_attrs.get(name) is not None}
-    return ScoredPoint(final_plan(trial, trial, study, data), measured, f"{_PLANS}/trial-{trial.number}.json")
+    return ScoredPoint(final_plan(Winner(trial, trial), study, data), measured, f"{_PLANS}/trial-{trial.number}.json")

@@ -18,6 +18,7 @@ from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.decoders import new_decoder
 from kronsearch.search.draft import Draft
+from kronsearch.search.finals import Finals
 from kronsearch.search.finish import final_plan
 from kronsearch.search.pace import Pace
 from kronsearch.search.reach import check_reachable
@@ -98,8 +99,9 @@ def search(
     """Search for the best compression of a network under a budget; called again with the same settings, it resumes.
 
     With data a trial is scored by the task's metric on the validation split after a proxy fine-tune, and what is
-    minimised is the divergence from the dense network's outputs there, which is finer; without, it is the predicted
-    error, which the plain allocation has proven to be lowest, so that one trial is all there is to do.
+    minimised is the divergence from the dense network's outputs there, which is finer; the best plans and the plain
+    allocation's are scored once more after a longer fine-tune, and one of them wins, see `Finals`. Without data, it is
+    the predicted error, which the plain allocation has proven to be lowest: one trial is all there is to do.
 
     Args:
         model: the trained network; left untouched.
@@ -112,11 +114,11 @@ def search(
             is replaced; `fisher`, an estimate of that; `inputs`, what the layer itself puts out; `absolute`, its
             kernel's squared norm; `plain`, nothing. Without data the first three are the last.
         trials: how many finished trials there shall be in the end, pruned ones included.
-        timeout: seconds after which no further trial is begun.
+        timeout: seconds after which no further trial is begun; the finals and the final fine-tune follow.
         space: a search space, its name, or a YAML file.
         storage: of the study: URL of a database, or one that `open_study` explains; by default `study.db` in `out`, or
             memory where there is no `out`. Searches with the same storage and settings share its trials.
-        study: its name in the storage, `kronsearch` by default.
+        study: its name in the storage, `kronsearch` by default; `NAME finals` is the study of its finals.
         out: folder for `plan.json`, `compressed.safetensors`, `trials.csv`, `final/` (and `study.db`); without it the
             state of the final fine-tune goes to a temporary folder, and the rest nowhere.
         cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
@@ -164,15 +166,17 @@ def search(
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
     ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
+    finals = Finals(ledger, ledger.beside("finals"))
     run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
-    finals = run.finals(ledger)
-    won = finals.winner
+    run.play(finals)
+    won, table = finals.winner(), finals.table()
+    if folder is not None:
+        save_table(table, folder)
     if won is None:
         raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
-    plan = pace.measured(final_plan(*won, ledger.name, data))
-    small, table = run.finish(plan, final_epochs, folder), finals.table(ledger.table())
+    plan = pace.measured(final_plan(won, ledger.name, data))
+    small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
-        save_table(table, folder)
     dense, compressed = run.test(small)
     return SearchResult(plan, small, dense, compressed, table, folder, phases.seconds, run.tuning)

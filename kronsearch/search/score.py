@@ -21,10 +21,10 @@ from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.finetune import StepReport, finetune_steps
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
-__all__ = ["LONGER_IMAGES", "Scorer"]
+__all__ = ["Scorer"]
 
 _PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
-LONGER_IMAGES = 24_000  # that the one of a finalist sees
+_LONGER_IMAGES = 24_000  # that the one of a finalist sees
 _REPORTS = 2  # scores of a proxy fine-tune, at which it may be pruned
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _PROXY = 11  # stream of random numbers
@@ -79,9 +79,10 @@ class Scorer:
         """
         return self._scores(model, seed, _PROXY_IMAGES, _REPORTS)
 
-    def longer(self, model: nn.Module, seed: int) -> Iterator[Evaluation]:
-        """Fine-tune as `proxy` does, but longer, and yield the score only."""
-        return self._scores(model, seed, LONGER_IMAGES, 1)
+    def longer(self, model: nn.Module, seed: int) -> Evaluation:
+        """Fine-tune as `proxy` does, but longer and at the rate of that length, and return the score."""
+        (score,) = self._scores(model, seed, _LONGER_IMAGES, 1)
+        return score
 
     def _scores(self, model: nn.Module, seed: int, images: int, reports: int) -> Iterator[Evaluation]:
         settings = TrainSettings(epochs=images / self.data.size("train"))

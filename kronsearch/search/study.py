@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import pandas as pd
@@ -19,6 +19,7 @@ from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new
 from kronsearch.training.evaluate import within_error
 
 __all__ = [
+    "DIGEST",
     "FINISHED",
     "OBJECTIVE",
     "PLAN",
@@ -33,12 +34,13 @@ __all__ = [
 ]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-PLAN, SCORE, STOPPED = "plan", "score", "stopped"
+PLAN, DIGEST, SCORE, STOPPED = "plan", "digest", "score", "stopped"
 OBJECTIVE = "divergence from the dense network"
 _IDENTITY = "identity"
 _UNTOLD = (PLAN, STOPPED, WORKER, BEAT)  # in the table
 
 Identity = Mapping[str, Any]
+Slot = TypeVar("Slot", int, str)
 Given = Callable[[int], Mapping[str, float] | None]
 
 
@@ -50,10 +52,10 @@ class Study:
     the plan, so that the score says next to nothing and the divergence still orders the plans. The score is kept beside
     it, and chooses the winner as far as it can tell.
 
-    Each of the finished trials that are wanted is a slot, counted from 0, and a slot is given out once: a trial comes
-    into being with its slot and its worker, storages number trials one after the other, and where two begin one slot at
-    the same moment the one with the lower number has it. The sampler is seeded anew for each trial by its slot, and
-    trials that failed tell it nothing, so that a single worker that resumes a study asks what it would have asked.
+    Each of the finished trials that are wanted is a slot, a number or a name, and a slot is given out once: a trial
+    comes into being with its slot and its worker, storages number trials one after the other, and where two begin one
+    slot at the same moment the one with the lower number has it. The sampler is seeded anew for each trial by its slot,
+    and trials that failed tell it nothing, so that a single worker that resumes a study asks what it would have asked.
 
     By default it is a Gaussian process, which finds better plans in fewer trials than TPE does. Optuna's knows nothing
     of pruned trials, and would propose nearly the same again; so a trial that is stopped early is complete for it, with
@@ -104,12 +106,8 @@ class Study:
                 "repeat them to resume it, or pass another --study or --out"
             )
 
-    def beside(self, name: str, **identity: Any) -> "Study":
-        """Open the study of this name that belongs to this one, whose trials are given to it and never drawn.
-
-        Args:
-            name: added to this study's.
-            identity: what must not differ when it is resumed, besides all that must not in this one.
+    def beside(self, name: str) -> "Study":
+        """Open the study that belongs to this one and has this name behind its own, in the same storage.
 
         Raises:
             StudyError: as of a study.
@@ -117,7 +115,7 @@ class Study:
         return Study(
             self._storage,
             f"{self.name} {name}",
-            {**self._identity, **identity},
+            self._identity,
             higher_is_better=self.higher_is_better,
             seed=self.seed,
             sampler="random",
@@ -131,7 +129,7 @@ class Study:
         """Return the trials that came to their end, in the order of their numbers."""
         return [trial for trial in self.finished() if not was_stopped(trial)]
 
-    def left(self, slots: Iterable[int]) -> list[int]:
+    def left(self, slots: Iterable[Slot]) -> list[Slot]:
         """Return which of these slots aren't finished."""
         finished = {trial.user_attrs.get(SLOT) for trial in self.finished()}
         return [slot for slot in slots if slot not in finished]
@@ -145,25 +143,25 @@ class Study:
 
         Scores that differ from the best by no more than the standard error of the difference are alike, and stand
         first; among those the order is that of the objective, which is finer: at half of ResNet-32's MACs the best
-        scores differ by one image in 2,500. Of equals the first stands first.
+        scores differ by one image in 2,500. Of equals the first stands first. The rest follows, ordered likewise.
         """
         sign = -1 if self.higher_is_better else 1
         if len(self._study.directions) > 1:
             return []
-        ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number))
-        if not ranked:
-            return []
-        best, error = sign * _score(ranked[0]), _error(ranked[0])
-        alike = [trial for trial in ranked if within_error(sign * _score(trial) - best, error, _error(trial))]
-        others = [trial for trial in ranked if trial not in alike]
-        return [*sorted(alike, key=lambda trial: objective_of(trial) or 0.0), *others]
+        left, ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number)), []
+        while left:
+            best, error = sign * _score(left[0]), _error(left[0])
+            alike = [trial for trial in left if within_error(sign * _score(trial) - best, error, _error(trial))]
+            ranked += sorted(alike, key=lambda trial: objective_of(trial) or 0.0)
+            left = [trial for trial in left if trial not in alike]
+        return ranked
 
     def front(self) -> list[FrozenTrial]:
         """Return the trials than which none is better in one objective and no worse in others; of twins the first."""
         best = sorted(self._study.best_trials, key=lambda trial: trial.number, reverse=True)
-        return list({trial.user_attrs["digest"]: trial for trial in best}.values())
+        return list({trial.user_attrs[DIGEST]: trial for trial in best}.values())
 
-    def ask(self, slots: Iterable[int], given: Given) -> Trial | None:
+    def ask(self, slots: Iterable[Slot], given: Callable[[Slot], Mapping[str, float] | None]) -> Trial | None:
         """Begin a trial that nobody else runs or has run.
 
         Args:
@@ -214,7 +212,7 @@ class Study:
             rows.append(row | trial.params)
         return pd.DataFrame(rows)
 
-    def _claim(self, slot: int, given: Mapping[str, float] | None) -> Trial | None:
+    def _claim(self, slot: int | str, given: Mapping[str, float] | None) -> Trial | None:
         """Begin the trial of a slot; None if another worker was first."""
         claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
             state=TrialState.RUNNING,

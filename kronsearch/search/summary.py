@@ -7,6 +7,7 @@ import pandas as pd
 
 from kronsearch.search.finals import LONGER
 from kronsearch.search.sampling import PLAIN
+from kronsearch.search.study import DIGEST
 
 __all__ = ["Agreement", "Summary", "summarise"]
 
@@ -38,10 +39,10 @@ class Summary:
     Args:
         trials: how many are finished.
         pruned: how many of them were stopped early, or diverged.
-        finalists: how many of them were fine-tuned longer; 0 where there was nothing to choose from.
+        finalists: how many plans were fine-tuned longer; 0 where there was nothing to choose from.
         winner: the number of the winner.
-        plain: score of the plain allocation, with which every study begins; None if that was pruned. This and what
-            follows is after the longer fine-tune, where there were finalists.
+        plain: score of the plain allocation, with which every study begins; None if it has none. This and what follows
+            is after the longer fine-tune, if the winner had that.
         best: the winner's.
         plain_divergence: of the plain allocation's outputs from the dense network's; None if it isn't known.
         best_divergence: the winner's.
@@ -64,8 +65,9 @@ def summarise(trials: pd.DataFrame, winner: int) -> Summary:
     won = trials[trials["trial"] == winner].iloc[0]
     ended = trials[trials["state"] == "complete"]
     plain = ended[ended["slot"] == PLAIN]
-    finalists = int(trials[f"{LONGER}score"].notna().sum()) if f"{LONGER}score" in trials else 0
-    longer = LONGER if finalists and pd.notna(won[f"{LONGER}score"]) else ""
+    longer = LONGER if _number(won, f"{LONGER}score") is not None else ""
+    state = f"{LONGER}state"
+    finalists = int(trials.dropna(subset=[state])[DIGEST].nunique()) if state in trials else 0
     best = _number(won, f"{longer}score")
     assert best is not None
     return Summary(
@@ -86,9 +88,9 @@ def summarise(trials: pd.DataFrame, winner: int) -> Summary:
 
 
 def _agreement(trials: pd.DataFrame, cheap: str, dear: str) -> Agreement | None:
-    if not {cheap, dear, "digest"} <= set(trials.columns):
+    if not {cheap, dear, DIGEST} <= set(trials.columns):
         return None
-    both = trials.drop_duplicates("digest")[[cheap, dear]].dropna()
+    both = trials.drop_duplicates(DIGEST)[[cheap, dear]].dropna()
     if len(both) < _FEWEST or (both.nunique() < 2).any():
         return None
     ranks = both.rank()

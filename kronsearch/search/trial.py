@@ -74,12 +74,12 @@ def score_longer(trial: Trial, plan: Plan, scorer: Scorer, *, seed: int) -> floa
     None if it diverges.
 
     Args:
-        trial: of the study of finalists.
+        trial: of the finals.
         plan: what is measured.
         scorer: of the search.
         seed: of the fine-tune.
     """
-    *_, last = scorer.longer(scorer.build(plan.replaced), seed)
+    last = scorer.longer(scorer.build(plan.replaced), seed)
     value = _objective(last)
     if not math.isfinite(value):
         return None

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import OBJECTIVE, PLAN, SCORE, Given, Study, save_table
+from kronsearch.search.study import DIGEST, OBJECTIVE, PLAN, SCORE, Given, Slot, Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 2  # of how trials are measured: those of another can't be compared
+_REVISION = 2  # of how trials and finalists are measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 
@@ -185,29 +185,27 @@ class Work:
 
         self._share("trials", ledger, range(wanted), self.given(), run, ends)
 
-    def finals(self, ledger: Study) -> Finals:
-        """Fine-tune the finalists of a study longer, or wait for others to do it; see `Finals`."""
-        finals = Finals.of(ledger)
-        rounds, slots = finals.ledger, finals.slots
-        if rounds is None or not rounds.left(slots):
-            return finals
-        scorer = self.scorer()
-        assert scorer is not None
-        self.subject.tell("finalists", len(slots) - len(rounds.left(slots)), len(slots))
+    def play(self, finals: Finals) -> None:
+        """Fine-tune the finalists longer, or wait for others to do it."""
+        while finals.ledger.left(slots := finals.slots):  # of those that other workers' trials brought since, too
+            scorer = self.scorer()
+            assert scorer is not None
+            self._tell_finals(finals, slots)
 
-        def run(trial: Trial) -> None:
-            told = finals.score(trial, scorer, self.draft.seed)
-            self.subject.tell("finalists", len(slots) - len(rounds.left(slots)), len(slots), told)
+            def run(trial: Trial, slots: Sequence[str] = slots, scorer: Scorer = scorer) -> None:
+                self._tell_finals(finals, slots, finals.score(trial, scorer, self.draft.seed))
 
-        self._share("finalists", rounds, slots, lambda _: None, run, None)
-        return finals
+            self._share("finalists", finals.ledger, slots, lambda _: None, run, None)
+
+    def _tell_finals(self, finals: Finals, slots: Sequence[str], words: str = "") -> None:
+        self.subject.tell("finalists", len(slots) - len(finals.ledger.left(slots)), len(slots), words)
 
     def _share(
         self,
         phase: Phase,
         ledger: Study,
-        slots: Sequence[int],
-        given: Given,
+        slots: Sequence[Slot],
+        given: Callable[[Slot], Mapping[str, float] | None],
         run: Callable[[Trial], None],
         ends: float | None,
     ) -> None:
@@ -284,10 +282,10 @@ class Work:
         """Return the objective of an allocation's plan, and write both to its trial."""
         plan = aim.draft.plan(aim.problem, allocation, latency)
         digest = hashlib.sha256(repr(sorted(plan.replaced.items())).encode()).hexdigest()[:16]
-        twin = next((t for t in ledger.finished() if t.user_attrs.get("digest") == digest), None)
+        twin = next((t for t in ledger.finished() if t.user_attrs.get(DIGEST) == digest), None)
         for key, attribute in (
             (PLAN, plan.model_dump_json()),
-            ("digest", digest),
+            (DIGEST, digest),
             ("macs", plan.compressed.macs),
             ("params", plan.compressed.params),
             ("predicted_error", plan.predicted_error),

@@ -39,6 +39,7 @@ from kronsearch.search import decoders
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import new_decoder
 from kronsearch.search.draft import Draft
+from kronsearch.search.finals import Finals
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.sensitivity import estimated
 from kronsearch.search.stopwatch import Setting
@@ -171,11 +172,12 @@ class Bench:
             with ledger.at_work(trial):
                 work.trial(ledger, trial, MANY)
         took, first = time.process_time() - began, ledger.best()
-        finals = work.finals(ledger)
+        finals = Finals(ledger, ledger.beside("finals"))
+        work.play(finals)
+        won, table = finals.winner(), finals.table()
         assert first is not None
-        assert finals.winner is not None
-        best, measured = finals.winner
-        table = finals.table(ledger.table())
+        assert won is not None
+        best, measured = won
         table.to_csv(folder / "trials.csv", index=False)
         told = {
             "trials": len(table),

@@ -32,15 +32,21 @@ def test_a_plain_allocation_that_was_pruned_has_no_score():
 
 def test_where_there_were_finalists_the_gain_is_after_their_longer_fine_tune():
     nan = float("nan")
-    longer = {"longer_score": [0.8, nan, 0.9], "longer_divergence": [0.2, nan, 0.1]}
-    told = table(score=[0.5, 0.6, 0.75], divergence=[0.25, 0.3, 0.125], **longer)
+    longer = {"longer_score": [0.8, nan, 0.9, 0.8], "longer_divergence": [0.2, nan, 0.1, 0.2]}
+    told = table(score=[0.5, 0.6, 0.75, 0.5], divergence=[0.25, 0.3, 0.125, 0.25], digest=list("abca"), **longer)
+    told["longer_state"] = ["complete", None, "complete", "complete"]
     summary = summarise(told, winner=3)
     assert (summary.finalists, summary.plain, summary.best) == (2, 0.8, 0.9)
     assert (summary.plain_divergence, summary.best_divergence) == (0.2, 0.1)
-    diverged = summarise(told.assign(state=["pruned", "complete", "complete"]), winner=3)
-    assert (diverged.plain, diverged.best) == (None, 0.9)
-    chosen = summarise(told, winner=2)  # as if all finalists had diverged
-    assert (chosen.plain, chosen.best) == (0.5, 0.6)
+    lost = told.assign(
+        longer_state=["diverged", None, "complete", "diverged"],
+        longer_score=[nan, nan, 0.9, nan],
+        longer_divergence=nan,
+    )
+    summary = summarise(lost, winner=3)
+    assert (summary.finalists, summary.plain, summary.best) == (2, None, 0.9)
+    summary = summarise(lost, winner=2)  # as if all of them had diverged
+    assert (summary.finalists, summary.plain, summary.best) == (2, 0.5, 0.6)
 
 
 def test_without_data_or_teacher_there_is_no_divergence():
