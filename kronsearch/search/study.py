@@ -36,6 +36,7 @@ __all__ = [
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLAN, DIGEST, SCORE, STOPPED = "plan", "digest", "score", "stopped"
 OBJECTIVE = "divergence from the dense network"
+_GO_ON, _UNSTOPPED = 25.0, 3  # per cent of trials that are fine-tuned, after so many that all are
 _IDENTITY = "identity"
 _UNTOLD = (PLAN, STOPPED, WORKER, BEAT)  # in the table
 
@@ -92,7 +93,7 @@ class Study:
         self._storage, self._identity, self._sampler = storage, dict(identity), sampler
         self._me, self._lookout = new_worker(), Lookout()
         self._study = open_study(storage, name, objectives)
-        self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+        self._study.pruner = optuna.pruners.PercentilePruner(_GO_ON, n_startup_trials=_UNSTOPPED)
         trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
         known = self._study.user_attrs.get(_IDENTITY)
         where = f"the study {name!r} in {hidden(storage or 'memory')}"

@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 from optuna.trial import FrozenTrial, Trial
 from torch import nn
@@ -32,11 +31,11 @@ def score(
     """Return the objective of a plan, None if it diverges, and write what was measured to its trial.
 
     A trial may be stopped before its fine-tune, by what batch norms re-estimated leave of the network, which costs a
-    fraction and orders plans nearly as the fine-tune does, or at any evaluation in it. Its objective is what it can be
-    expected to have come to, see `foretold`; what was measured by then is written to it, and that it was stopped.
+    fraction and orders plans as well as a short one does. Its objective is what it can be expected to have come to,
+    see `foretold`; what was measured by then is written to it, and that it was stopped.
 
     Args:
-        trial: which is told of every evaluation, and may be pruned at each.
+        trial: which is told of the evaluation before the fine-tune, and may be stopped there.
         plan: what is measured.
         scorer: None without data; the objective is the predicted error then.
         twin: an earlier trial with the same plan, whose outcome is this one's as well.
@@ -52,18 +51,18 @@ def score(
                 trial.set_user_attr(key, twin.user_attrs[key])
         return objective_of(twin)
     small = scorer.build(plan.replaced)
-    settled = _settled(trial, scorer, small)
-    for step, last in enumerate(chain([settled], scorer.proxy(small, seed))):
+    last = _settled(trial, scorer, small)
+    value = _objective(last)
+    if not math.isfinite(value):
+        return None
+    if _is_stopped(trial, value):
+        trial.set_user_attr(STOPPED, True)
+        value = foretold(value, ended)
+    else:
+        last = scorer.proxy(small, seed)
         value = _objective(last)
         if not math.isfinite(value):
             return None
-        if len(trial.study.directions) > 1:  # of such studies Optuna prunes no trial
-            continue
-        trial.report(value, step)
-        if trial.should_prune():
-            trial.set_user_attr(STOPPED, True)
-            value = foretold(value, step, ended)
-            break
     _write(trial, last)
     return value
 
@@ -87,21 +86,20 @@ def score_longer(trial: Trial, plan: Plan, scorer: Scorer, *, seed: int) -> floa
     return value
 
 
-def foretold(value: float, step: int, ended: Sequence[FrozenTrial]) -> float:
-    """Return what an objective can be expected to be at the end of a trial: as in those that ended, in the median.
+def foretold(value: float, ended: Sequence[FrozenTrial]) -> float:
+    """Return what an objective can be expected to be after the fine-tune: as in trials that had it, in the median.
 
-    Without that a trial that is stopped before its fine-tune, which takes a fifth off the divergence, would stand
+    Without that a trial that is stopped before its fine-tune, which takes a good part off the divergence, would stand
     above others that are worse, and what learns from both would be misled next to the best ones.
 
     Args:
-        value: what it is by this step.
-        step: of the evaluation, 0 before the fine-tune.
+        value: what it is before the fine-tune.
         ended: trials that came to their end.
     """
     parts = [
-        final / by_then
+        final / before
         for trial in ended
-        if (final := objective_of(trial)) is not None and (by_then := trial.intermediate_values.get(step, 0.0)) > 0
+        if (final := objective_of(trial)) is not None and (before := trial.intermediate_values.get(0, 0.0)) > 0
     ]
     return value * statistics.median(parts) if parts else value
 
@@ -119,7 +117,7 @@ def overstepped(
     if scorer is None:
         return 0.0
     value = _objective(_settled(trial, scorer, scorer.build(specs)))
-    return foretold(value, 0, ended) if math.isfinite(value) else None
+    return foretold(value, ended) if math.isfinite(value) else None
 
 
 def outcome(trial: Trial, value: float | None) -> str:
@@ -132,9 +130,17 @@ def outcome(trial: Trial, value: float | None) -> str:
     return f"scored {trial.user_attrs[SCORE]:.4f}" + ("" if divergence is None else f", divergence {divergence:.3g}")
 
 
+def _is_stopped(trial: Trial, value: float) -> bool:
+    """Tell whether an objective before the fine-tune ends a trial; in studies of several Optuna stops none."""
+    if len(trial.study.directions) > 1:
+        return False
+    trial.report(value, 0)
+    return trial.should_prune()
+
+
 def _settled(trial: Trial, scorer: Scorer, small: nn.Module) -> Evaluation:
     """Evaluate a network before its fine-tune, and write that to its trial."""
-    settled = scorer.validate(small)
+    settled = scorer.settled(small)
     trial.set_user_attr("settled", settled.metric)
     trial.set_user_attr("settled_divergence", settled.divergence)
     return settled

@@ -35,7 +35,7 @@ from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 2  # of how trials and finalists are measured: those of another can't be compared
+_REVISION = 3  # of how trials and finalists are measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 

@@ -10,7 +10,7 @@ from kronsearch.training.precision import Precision, eval_mode, forward
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.task import Task
 
-__all__ = ["Labels", "teacher_outputs", "training_loss"]
+__all__ = ["Labels", "softened_divergence", "teacher_outputs", "training_loss"]
 
 Labels = Sequence[tuple[float, Tensor]]
 """Targets of a batch with the part of each input that they hold for; the parts add up to 1."""
@@ -22,11 +22,19 @@ def training_loss(
     """Return the loss of a batch without that of the blocks; the task's own where there is no teacher (None)."""
     if wanted is None:
         return _label_loss(outputs, labels, task)
-    heat = settings.temperature
-    loss = (1 - settings.label_weight) * heat**2 * task.divergence(outputs / heat, wanted / heat)
+    loss = (1 - settings.label_weight) * softened_divergence(outputs, wanted, task, settings.temperature)
     if settings.label_weight > 0:
         loss = loss + settings.label_weight * _label_loss(outputs, labels, task)
     return loss
+
+
+def softened_divergence(outputs: Tensor, wanted: Tensor, task: Task, temperature: float) -> Tensor:
+    """Return the divergence of outputs divided by the temperature, times its square (Hinton et al., 2015), a scalar.
+
+    At a temperature of 1 it is the divergence; the higher, the nearer to a squared distance of the outputs, and the
+    less a few examples decide that the teacher is sure of.
+    """
+    return temperature**2 * task.divergence(outputs / temperature, wanted / temperature)
 
 
 def _label_loss(outputs: Tensor, labels: Labels, task: Task) -> Tensor:

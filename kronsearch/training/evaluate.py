@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.training.data import Data, Split
+from kronsearch.training.distillation import softened_divergence
 from kronsearch.training.precision import Precision, eval_mode, forward
 
 __all__ = ["Evaluation", "evaluate", "outputs", "within_error"]
@@ -42,6 +43,7 @@ def evaluate(
     split: Split,
     *,
     teacher_outputs: Tensor | None = None,
+    temperature: float = 1.0,
     limit: int | None = None,
     batch_size: int = 500,
     device: str | torch.device = "cpu",
@@ -49,7 +51,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the model (on `device`) on a split, or on a fixed random subset of `limit` examples of it.
 
-    `teacher_outputs` are what `outputs` returns for the teacher with the same split and limit. The model's modules are
+    `teacher_outputs` are what `outputs` returns for the teacher with the same split and limit; how far the model's are
+    from them is told at the `temperature`, see `softened_divergence`. The model's modules are
     put back in the modes they were in. Raises ValueError if `teacher_outputs` are of another number of examples, and
     what the task and the forward pass raise.
     """
@@ -68,7 +71,8 @@ def evaluate(
             metrics.append((task.metric_sum(result, targets), count))
             loss += count * task.loss(result, targets).item()
             if teacher_outputs is not None:
-                divergence += count * task.divergence(result, teacher_outputs[n : n + count].to(device)).item()
+                wanted = teacher_outputs[n : n + count].to(device)
+                divergence += count * softened_divergence(result, wanted, task, temperature).item()
             n += count
     metric = sum(total for total, _ in metrics) / n
     squares = sum((total - count * metric) ** 2 for total, count in metrics)

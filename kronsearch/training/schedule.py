@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from kronsearch.training.data import train_batch_count
 
-__all__ = ["TrainSettings", "default_rate", "learning_rate", "total_steps"]
+__all__ = ["TEMPERATURE", "TrainSettings", "default_rate", "learning_rate", "total_steps"]
 
+TEMPERATURE = 4.0  # that outputs are softened with where networks are compared
 _RATE = 1e-6  # times the steps is the rate of a short run, which can't recover from what a high rate breaks first
 _USUAL_RATE = 2e-4
 _USUAL_STEPS = 1000  # up to which that is the highest
@@ -37,7 +38,7 @@ class TrainSettings:
     weight_decay: float = 0.01
     warmup: float = 0.05
     label_weight: float = 0.0
-    temperature: float = 4.0
+    temperature: float = TEMPERATURE
     feature_weight: float = 10.0
     clip_norm: float = 1.0
     mixing: bool = False

@@ -41,8 +41,8 @@ def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path
         plan = draft.plan(problem, problem.allocate(Allocate().suggest(study.ask(), problem)))
         small = scorer.build(plan.replaced)
         save_compressed(small, plan, out / f"{len(rows):02d}.safetensors")
-        settled = scorer.validate(small)
-        *_, tuned = scorer.proxy(small, 0)
+        settled = scorer.settled(small)
+        tuned = scorer.proxy(small, 0)
         rows.append(
             {
                 "plan": len(rows),

@@ -1,7 +1,7 @@
 """What the search adds: the same budget by several means, each plan after one common fine-tune.
 
 python run.py --weights WEIGHTS --data CIFAR10_DIR --out OUT [--model zoo:cifar_resnet20] [--budgets params=20%]
-    [--seeds 0] [--arms uniform,fisher,…] [--seconds 240] [--epochs 1]
+    [--seeds 0] [--arms uniform,fisher,…] [--seconds 200] [--epochs 1]
 
 OUT gets a row in rows.csv for each budget, seed and arm that is done, and each test image's outcome beside it; what is
 there is not done again, so the same line goes on where it was stopped, and others add budgets, seeds and arms. An arm
@@ -198,7 +198,7 @@ class Bench:
         """Return the outputs on the test split after the common fine-tune, and what the network costs."""
         scorer = work.scorer()
         small = scorer.build(specs)
-        settled = scorer.validate(small)
+        settled = scorer.settled(small)
         cost = ks.profile_model(small, input_shape=self.data.input_shape)
         assert work.problem.bounds.hold(macs=cost.macs, params=cost.params)
         began = time.process_time()
@@ -275,7 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=lambda text: text.split(","), default=["params=20%"])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--epochs", type=float, default=1.0)
     options = parser.parse_args()
     if unknown := set(options.arms) - set(ARMS):

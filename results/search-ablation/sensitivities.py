@@ -79,7 +79,7 @@ def main(model: str, weights: str, folder: str, cache: str, budgets: Sequence[st
             allocation = problem.allocate(Weighing())
             if allocation.chosen not in known:
                 small = scorer.build(specs_of(candidates, allocation))
-                known[allocation.chosen] = scorer.validate(small).divergence or 0.0
+                known[allocation.chosen] = scorer.settled(small).divergence or 0.0
             found.append(known[allocation.chosen])
         ratios.append(np.array(found) / found[0])
         told = " | ".join(f"{value:.4f} ({ratio:.2f})" for value, ratio in zip(found, ratios[-1], strict=True))

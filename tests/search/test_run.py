@@ -176,7 +176,7 @@ def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(fou
     assert study.direction is optuna.study.StudyDirection.MINIMIZE
     trials = study.get_trials()
     assert [trial.value for trial in trials] == result.trials["divergence"].tolist()
-    assert [trial.intermediate_values[2] for trial in trials] == result.trials["divergence"].tolist()
+    assert [trial.intermediate_values[0] for trial in trials] == result.trials["settled_divergence"].tolist()
     winner = trials[result.plan.provenance.trial]
     assert winner.user_attrs["score"] > 0.9
     assert result.plan.score.examples == winner.user_attrs["examples"] == 143

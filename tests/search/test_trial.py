@@ -14,20 +14,21 @@ SEED = 3
 class Told:
     """Stands for a scorer: hands out evaluations that were thought up."""
 
-    def __init__(self, settled, *proxy):
-        self.settled, self.evaluations, self.built = settled, proxy, []
+    def __init__(self, settled, tuned=None):
+        self._settled, self._tuned, self.built = settled, tuned, []
 
     def build(self, specs):
         self.built.append(specs)
         return "network"
 
-    def validate(self, network):
+    def settled(self, network):
         assert network == "network"
-        return self.settled
+        return self._settled
 
     def proxy(self, network, seed):
         assert (network, seed) == ("network", SEED)
-        yield from self.evaluations
+        assert self._tuned is not None, "it was to be stopped"
+        return self._tuned
 
 
 def evaluation(divergence, metric=0.5, loss=1.0):
@@ -39,13 +40,13 @@ def study():
     return optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=2.0))
 
 
-def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(study, plan):
+def test_the_objective_is_the_divergence_after_the_proxy_and_all_that_was_measured_is_kept(study, plan):
     trial = study.ask()
-    scorer = Told(evaluation(1.5, metric=0.25), evaluation(1.0), evaluation(0.75, metric=0.625))
+    scorer = Told(evaluation(1.5, metric=0.25), evaluation(0.75, metric=0.625))
     assert score(trial, plan, scorer, None, seed=SEED) == 0.75
     assert scorer.built == [plan.replaced]
     told = study.get_trials()[0]
-    assert told.intermediate_values == {0: 1.5, 1: 1.0, 2: 0.75}
+    assert told.intermediate_values == {0: 1.5}
     assert told.user_attrs == {
         "settled": 0.25,
         "settled_divergence": 1.5,
@@ -57,23 +58,9 @@ def test_the_objective_is_the_last_divergence_and_all_that_was_measured_is_kept(
     assert outcome(trial, 0.75) == "scored 0.6250, divergence 0.75"
 
 
-def test_a_trial_that_is_stopped_has_the_objective_that_it_had_by_then(study, plan):
-    trial = study.ask()
-    assert score(trial, plan, Told(evaluation(1.5), evaluation(3.0), evaluation(0.5)), None, seed=SEED) == 3.0
-    assert trial.user_attrs["divergence"] == 3.0
-    assert trial.user_attrs["stopped"] is True
-    assert outcome(trial, 3.0) == "pruned"
-
-
 def test_a_trial_may_be_stopped_before_its_fine_tune(study, plan):
-    def never():
-        raise AssertionError("it was fine-tuned")
-        yield
-
     trial = study.ask()
-    scorer = Told(evaluation(3.0, metric=0.25))
-    scorer.proxy = lambda network, seed: never()
-    assert score(trial, plan, scorer, None, seed=SEED) == 3.0
+    assert score(trial, plan, Told(evaluation(3.0, metric=0.25)), None, seed=SEED) == 3.0
     assert trial.user_attrs == {
         "settled": 0.25,
         "settled_divergence": 3.0,
@@ -83,19 +70,18 @@ def test_a_trial_may_be_stopped_before_its_fine_tune(study, plan):
         "examples": 100,
         "stopped": True,
     }
+    assert outcome(trial, 3.0) == "pruned"
 
 
 def test_the_objective_of_a_stopped_trial_is_what_others_came_to_from_there(study, plan):
-    """Their ratios from the same step, in the median: 0.5, 0.75 and 0.8 before the fine-tune, 1 at its end."""
-    for settled, *proxy in ((2.0, 1.0), (1.0, 0.75), (1.0, 0.8), (0.0, 0.0)):
+    """Their ratios, in the median: 0.5, 0.75 and 0.8."""
+    for settled, tuned in ((2.0, 1.0), (1.0, 0.75), (1.0, 0.8), (0.0, 0.0)):
         trial = study.ask()
-        scorer = Told(evaluation(settled), *map(evaluation, proxy))
-        study.tell(trial, score(trial, plan, scorer, None, seed=SEED))
+        study.tell(trial, score(trial, plan, Told(evaluation(settled), evaluation(tuned)), None, seed=SEED))
     ended = study.get_trials()
     assert score(study.ask(), plan, Told(evaluation(4.0)), None, ended, seed=SEED) == 3.0
-    assert foretold(4.0, 0, ended) == 3.0
-    assert foretold(4.0, 1, ended) == 4.0
-    assert foretold(4.0, 2, ended) == 4.0
+    assert foretold(4.0, ended) == 3.0
+    assert foretold(4.0, []) == 4.0
     trial = study.ask()
     trial.set_constraint("macs", 0.25)
     assert overstepped(trial, plan.replaced, Told(evaluation(2.0)), ended) == 1.5
@@ -104,7 +90,7 @@ def test_the_objective_of_a_stopped_trial_is_what_others_came_to_from_there(stud
 def test_a_trial_that_diverges_has_no_objective(study, plan):
     """Also if it did not at first."""
     lost = Evaluation(math.nan, math.nan, math.nan, 0)
-    for evaluations in ((lost,), (evaluation(1.0), lost), (evaluation(1.0), evaluation(1.0), lost)):
+    for evaluations in ((lost,), (evaluation(1.0), lost)):
         trial = study.ask()
         assert score(trial, plan, Told(*evaluations), None, seed=SEED) is None
         assert outcome(trial, None) == "pruned"
@@ -118,7 +104,7 @@ def test_a_plan_that_was_measured_is_not_measured_again(study, plan):
     first = study.ask()
     study.tell(first, score(first, plan, Told(evaluation(1.5), evaluation(1.0)), None, seed=SEED))
     stopped = study.ask()
-    study.tell(stopped, score(stopped, plan, Told(evaluation(1.5), evaluation(3.0)), None, seed=SEED))
+    study.tell(stopped, score(stopped, plan, Told(evaluation(3.0)), None, seed=SEED))
     lost = study.ask()
     assert score(lost, plan, Told(evaluation(1.5), evaluation(math.nan)), None, seed=SEED) is None
     study.tell(lost, state=TrialState.PRUNED)
@@ -132,7 +118,7 @@ def test_a_plan_that_was_measured_is_not_measured_again(study, plan):
 def test_with_a_second_objective_nothing_is_stopped(plan):
     study = optuna.create_study(directions=["minimize", "minimize"], pruner=optuna.pruners.ThresholdPruner(upper=2.0))
     trial = study.ask()
-    assert score(trial, plan, Told(evaluation(9.0), evaluation(3.0), evaluation(2.5)), None, seed=SEED) == 2.5
+    assert score(trial, plan, Told(evaluation(9.0), evaluation(2.5)), None, seed=SEED) == 2.5
     assert "stopped" not in trial.user_attrs
     study.tell(trial, (2.5, 0.5))
     assert score(study.ask(), plan, Told(evaluation(9.0)), study.get_trials()[0], seed=SEED) == 2.5

@@ -71,3 +71,13 @@ def test_teacher_outputs_of_another_subset_are_an_error(make_data, make_network)
 def test_scores_are_alike_within_the_error_of_their_difference(gap, alike):
     assert within_error(gap, 0.3, 0.4) is alike
     assert within_error(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_the_divergence_at_a_temperature_is_that_of_the_softened_outputs(make_data, make_network, temperature):
+    data, network, teacher = make_data(), make_network(0), make_network(1)
+    logits, wanted = (outputs(each, data, "val").double() for each in (network, teacher))
+    student, taught = ((each / temperature).softmax(1) for each in (logits, wanted))
+    expected = temperature**2 * (taught * (taught / student).log()).sum(1).mean()
+    found = evaluate(network, data, "val", teacher_outputs=wanted.float(), temperature=temperature)
+    assert found.divergence == pytest.approx(float(expected), rel=1e-4)
