@@ -1,7 +1,7 @@
 """The training loop: AdamW under a cosine, from labels and a teacher's outputs, watched and stopped from outside."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -20,7 +20,7 @@ from kronsearch.training.precision import KERNELS, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.team import ALONE, Team
 
-__all__ = ["StepReport", "Trainer", "finetune", "finetune_steps"]
+__all__ = ["StepReport", "Trainer", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -181,27 +181,6 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def finetune_steps(
-    model: nn.Module,
-    data: Data,
-    settings: TrainSettings,
-    *,
-    teacher: nn.Module | None = None,
-    blocks: Sequence[str] = (),
-    generator: torch.Generator,
-    device: str | torch.device = "cpu",
-    report_every: int | None = None,
-) -> Generator[StepReport, None, None]:
-    """Train `model` in place (see `Trainer`); yield a report after every `report_every` steps and after the last.
-
-    Between reports the caller may use the model as it likes, or stop: closing the iterator (or dropping it) leaves the
-    model in eval mode with the weights of the last step and no gradients.
-    """
-    with Trainer(model, data, settings, teacher=teacher, blocks=blocks, generator=generator, device=device) as trainer:
-        while trainer.step < trainer.total_steps:
-            yield trainer.advance(report_every or trainer.total_steps)
-
-
 def finetune(
     model: nn.Module,
     data: Data,
@@ -212,11 +191,9 @@ def finetune(
     generator: torch.Generator,
     device: str | torch.device = "cpu",
 ) -> StepReport:
-    """Train `model` in place to the end (see `finetune_steps`), leave it in eval mode, and return the one report."""
-    (report,) = finetune_steps(
-        model, data, settings, teacher=teacher, blocks=blocks, generator=generator, device=device
-    )
-    return report
+    """Train `model` in place to the end (see `Trainer`), leave it in eval mode, and return the one report."""
+    with Trainer(model, data, settings, teacher=teacher, blocks=blocks, generator=generator, device=device) as trainer:
+        return trainer.advance(trainer.total_steps)
 
 
 @contextmanager

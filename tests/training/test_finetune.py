@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kronsearch.training import finetune as finetune_module
 from kronsearch.training.batches import Batches
 from kronsearch.training.evaluate import evaluate, outputs
-from kronsearch.training.finetune import Trainer, finetune, finetune_steps
+from kronsearch.training.finetune import Trainer, finetune
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 
 
@@ -150,15 +150,22 @@ def test_the_generator_decides_everything_and_the_global_one_nothing(make_data, 
     assert not torch.equal(trained(0, 0), trained(1, 0))
 
 
+def portions(network, data, settings, steps):
+    """Train so many steps at a time, and yield each report."""
+    with Trainer(network, data, settings, generator=seeded()) as trainer:
+        while trainer.step < trainer.total_steps:
+            yield trainer.advance(steps)
+
+
 def test_reports_come_every_so_many_steps_and_at_the_end(make_data, make_network):
     data, settings = make_data(), TrainSettings(epochs=2 + 1 / 3, batch_size=10)
 
     def run(report_every):
         network = make_network(dropout=0.5)
-        reports = list(finetune_steps(network, data, settings, generator=seeded(), report_every=report_every))
+        reports = list(portions(network, data, settings, report_every))
         return reports, network.conv.weight
 
-    (each, weight), (some, same_weight), (last, _) = run(1), run(3), run(None)
+    (each, weight), (some, same_weight), (last, _) = run(1), run(3), run(100)
     assert [report.step for report in each] == [1, 2, 3, 4, 5, 6, 7]
     assert [report.step for report in some] == [3, 6, 7]
     assert [report.step for report in last] == [7]
@@ -175,7 +182,7 @@ def test_evaluating_between_reports_changes_nothing(make_data, make_network):
 
     def trained(watched):
         network = make_network(dropout=0.5)
-        for _ in finetune_steps(network, data, settings, generator=seeded(), report_every=1):
+        for _ in portions(network, data, settings, 1):
             if watched:
                 network.eval()
                 evaluate(network, data, "val")
@@ -187,7 +194,7 @@ def test_evaluating_between_reports_changes_nothing(make_data, make_network):
 def test_stopping_early_leaves_a_usable_model(make_data, make_network):
     data, network = make_data(), make_network()
     start = network.conv.weight.detach().clone()
-    steps = finetune_steps(network, data, TrainSettings(epochs=5, batch_size=10), generator=seeded(), report_every=2)
+    steps = portions(network, data, TrainSettings(epochs=5, batch_size=10), 2)
     assert next(steps).step == 2
     steps.close()
     assert not any(module.training for module in network.modules())
