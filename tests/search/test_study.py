@@ -316,7 +316,7 @@ def test_four_workers_end_with_each_trial_once(tmp_path, url):
         assert x == params["x"]
 
 
-@pytest.fixture(params=["sqlite", "journal", "postgresql", "grpc"])
+@pytest.fixture(params=["sqlite", "journal", "postgresql", "mysql", "grpc"])
 def url(request, tmp_path):
     """Return the URL of an empty storage."""
     if request.param == "sqlite":
@@ -373,4 +373,38 @@ def postgresql():
     run("pg_ctl", "-D", folder / "data", "-l", folder / "log", "-o", options, "-w", "start")
     yield f"postgresql+psycopg://tester@/postgres?host={folder}"
     run("pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def mysql():
+    """Return the URL of an empty database on a server of its own (MariaDB), which ends with the test."""
+    pytest.importorskip("pymysql", reason="needs pymysql")
+    install, server, client = (
+        shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+        for name in ("mariadb-install-db", "mariadbd", "mariadb")
+    )
+    if not (install and server and client):
+        pytest.skip("needs MariaDB's server: no mariadb-install-db, mariadbd or mariadb in /usr/sbin or on the path")
+    if os.getuid() == 0 and "mysql" not in {user.pw_name for user in pwd.getpwall()}:
+        pytest.skip("needs a user mysql: MariaDB's server does not run as root")
+    folder = Path(tempfile.mkdtemp(prefix="my", dir="/tmp"))  # a short path, as a socket's must be
+    own = [
+        f"--user={'mysql' if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name}",
+        f"--datadir={folder / 'data'}",
+    ]
+    if os.getuid() == 0:
+        shutil.chown(folder, "mysql", "mysql")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    root = "--auth-root-authentication-method=normal"
+    subprocess.run([install, "--no-defaults", *own, root, "--skip-test-db"], check=True, **quiet)
+    place = f"--socket={folder / 'socket'}"
+    process = subprocess.Popen([server, "--no-defaults", *own, place, "--skip-networking"], **quiet)
+    ask = [client, "--no-defaults", "--user=root", place, "--execute=create database studies"]
+    while subprocess.run(ask, check=False, **quiet).returncode:
+        assert process.poll() is None, "the server has ended"
+        time.sleep(0.1)
+    yield f"mysql+pymysql://root@localhost/studies?unix_socket={folder / 'socket'}"
+    process.terminate()
+    process.wait()
     shutil.rmtree(folder)
