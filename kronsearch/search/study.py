@@ -36,7 +36,7 @@ __all__ = [
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLAN, DIGEST, SCORE, STOPPED = "plan", "digest", "score", "stopped"
 OBJECTIVE = "divergence from the dense network"
-_GO_ON, _UNSTOPPED = 10.0, 1  # per cent of trials that are fine-tuned, after so many that all are
+_GO_ON, _UNSTOPPED = 10.0, 2  # per cent of trials that are fine-tuned, after so many that all are
 _IDENTITY = "identity"
 _UNTOLD = (PLAN, STOPPED, WORKER, BEAT)  # in the table
 

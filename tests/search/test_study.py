@@ -395,7 +395,8 @@ def mysql():
     ]
     if os.getuid() == 0:
         shutil.chown(folder, "mysql", "mysql")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    there = os.environ | {"TMPDIR": str(folder)}  # another user may not enter ours
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": there}
     root = "--auth-root-authentication-method=normal"
     subprocess.run([install, "--no-defaults", *own, root, "--skip-test-db"], check=True, **quiet)
     place = f"--socket={folder / 'socket'}"
