@@ -51,20 +51,15 @@ def score(
                 trial.set_user_attr(key, twin.user_attrs[key])
         return objective_of(twin)
     small = scorer.build(plan.replaced)
-    last = _settled(trial, scorer, small)
-    value = _objective(last)
+    settled = _settled(trial, scorer, small)
+    value = _objective(settled)
     if not math.isfinite(value):
         return None
-    if _is_stopped(trial, value):
-        trial.set_user_attr(STOPPED, True)
-        value = foretold(value, ended)
-    else:
-        last = scorer.proxy(small, seed)
-        value = _objective(last)
-        if not math.isfinite(value):
-            return None
-    _write(trial, last)
-    return value
+    if not _is_stopped(trial, value):
+        return _written(trial, scorer.proxy(small, seed))
+    trial.set_user_attr(STOPPED, True)
+    _written(trial, settled)
+    return foretold(value, ended)
 
 
 def score_longer(trial: Trial, plan: Plan, scorer: Scorer, *, seed: int) -> float | None:
@@ -78,12 +73,7 @@ def score_longer(trial: Trial, plan: Plan, scorer: Scorer, *, seed: int) -> floa
         scorer: of the search.
         seed: of the fine-tune.
     """
-    last = scorer.longer(scorer.build(plan.replaced), seed)
-    value = _objective(last)
-    if not math.isfinite(value):
-        return None
-    _write(trial, last)
-    return value
+    return _written(trial, scorer.longer(scorer.build(plan.replaced), seed))
 
 
 def foretold(value: float, ended: Sequence[FrozenTrial]) -> float:
@@ -146,11 +136,15 @@ def _settled(trial: Trial, scorer: Scorer, small: nn.Module) -> Evaluation:
     return settled
 
 
-def _write(trial: Trial, measured: Evaluation) -> None:
-    """Write to a trial what its network came to."""
+def _written(trial: Trial, measured: Evaluation) -> float | None:
+    """Write to a trial what its network came to, and return that as an objective; None, unwritten, if not finite."""
+    objective = _objective(measured)
+    if not math.isfinite(objective):
+        return None
     values = (measured.metric, measured.error, measured.divergence, measured.n)
     for key, value in zip(_MEASURED[2:6], values, strict=True):
         trial.set_user_attr(key, value)
+    return objective
 
 
 def _objective(evaluation: Evaluation) -> float:
