@@ -69,8 +69,9 @@ def run(settings: Settings) -> None:
     metric = None if data is None else data.task.metric_name
     console = console_for()
     console.print(comparison(result.plan, dense=result.dense, compressed=result.compressed, metric=metric))
-    if metric is not None and result.summary.trials > 1:
-        console.print(gain(result.summary, metric))
+    summary = result.summary
+    if metric is not None and summary is not None and summary.trials > 1:
+        console.print(gain(summary, metric))
     console.print(times(result.seconds, result.tuning), soft_wrap=True)
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
 

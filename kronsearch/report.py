@@ -43,8 +43,8 @@ FLOPS = "flops (MACs, as fvcore counts)"
 _WIDTH_OF_FILES = 160
 _NAMES = {
     "predicted_error": "predicted error",
-    "settled_divergence": "divergence before the fine-tune",
-    "divergence": "divergence after it",
+    "divergence": "divergence before the fine-tune",
+    "tuned_divergence": "divergence after it",
 }
 _PARTS: "dict[Phase, str]" = {  # others prepare
     "trials": "trials",
@@ -96,8 +96,8 @@ def gain(summary: "Summary", metric: str) -> RenderableType:
         if best is not None:
             known = ("no score", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
             table.add_row(one_line(name), known[0], f"{best:{digits}}", known[1])
-    finals = f"; it won among {summary.finalists} finalists, fine-tuned longer" if summary.finalists else ""
-    lines = [f"best: trial {summary.winner} of {summary.trials}, {summary.pruned} of which were stopped early{finals}"]
+    failed = f" ({summary.failed} missed a budget or diverged)" if summary.failed else ""
+    lines = [f"best: trial {summary.winner} of {summary.trials}{failed}, the best of {summary.finalists} fine-tuned"]
     lines += [
         f"rank correlation of {_NAMES[found.cheap]} and {_NAMES[found.dear]}: {found.correlation:.2f}, n {found.n}"
         for found in summary.agreements

@@ -59,7 +59,7 @@ def calls(monkeypatch, plan):
             dense=result,
             compressed=result,
             out=Path(options["out"]),
-            summary=Summary(2, 0, 0, 1, 0.25, 0.5, None, None, ()),
+            summary=Summary(2, 0, 2, 1, 0.25, 0.5, None, None, ()),
             seconds={"trials": 90.0},
             tuning=45.0,
         )

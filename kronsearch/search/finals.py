@@ -1,72 +1,95 @@
-"""The finalists of a search: its best plans and the plain allocation's, fine-tuned longer before one of them wins."""
+"""The finalists of a search: its best plans, fine-tuned briefly before one of them wins."""
 
 from typing import NamedTuple
 
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial
 
-from kronsearch.plan import parse_plan
+from kronsearch.plan import Score
 from kronsearch.search.sampling import PLAIN, SLOT
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import DIGEST, PLAN, SCORE, Study, was_stopped
-from kronsearch.search.trial import outcome, score_longer
+from kronsearch.search.study import DIGEST, SCORE, Study, objective_of, plan_of
+from kronsearch.search.trial import outcome, tune
+from kronsearch.training.evaluate import within_error
 
-__all__ = ["LONGER", "Finals", "Winner"]
+__all__ = ["TUNED", "Finalist", "Finals"]
 
-LONGER = "longer_"  # begins the names of a table's columns that tell of finalists
-_BEST = 2  # plans, besides the plain allocation's
+TUNED = "tuned_"  # begins the names of a table's columns that tell of finalists
+_BEST = 4  # plans, besides the plain allocation's
 _TOLD = (SCORE, "error", "divergence")
 
 
-class Winner(NamedTuple):
-    """Who won.
+class Finalist(NamedTuple):
+    """A plan that was measured in the finals.
 
     Args:
         trial: of the search.
-        measured: holds what its plan was measured to be worth: a trial of the finals, or the same where there is none.
+        measured: holds what its plan was measured to be worth: a trial of the finals.
     """
 
     trial: FrozenTrial
     measured: FrozenTrial
 
+    def score(self, metric: str) -> Score:
+        """Return the score as it stands in a plan, given the metric's name."""
+        told = self.measured.user_attrs
+        return Score(metric=metric, value=float(told[SCORE]), examples=int(told.get("examples") or 0))
+
 
 class Finals:
-    """The finals of a study: its best plans and the plain allocation's are scored once more, after a longer fine-tune.
+    """The finals of a study: its best plans and the plain allocation's are scored after a proxy fine-tune.
 
-    What a short fine-tune leaves of a plan is not all that a long one will, and the best of many trials is the one that
-    this flatters most; the plain allocation is hard to beat. The study of the finals lies beside the other one, and is
-    resumed, and shared by workers, as any is. A slot in there is the digest of a plan.
+    What is left of a plan before a fine-tune is not all that is left after it, and the best of many trials is the one
+    that this flatters most; the plain allocation is hard to beat. Of a study with several objectives those plans are
+    finalists than which none is better. The study of the finals lies beside the other one, and is resumed, and shared
+    by workers, as any is. A slot in there is the digest of a plan.
 
     Args:
         trials: the study of the search.
-        ledger: that of its finals.
+        higher_is_better: the direction of the score.
     """
 
-    def __init__(self, trials: Study, ledger: Study) -> None:
-        self._trials, self.ledger = trials, ledger
+    def __init__(self, trials: Study, *, higher_is_better: bool) -> None:
+        self._trials, self.ledger = trials, trials.beside("finals")
+        self._sign = -1 if higher_is_better else 1
 
     @property
     def slots(self) -> list[str]:
-        """The digests of the finalists, as the trials stand; none where one plan is all that there is."""
-        best: dict[str, FrozenTrial] = {}
-        for trial in self._trials.ranked():
-            best.setdefault(trial.user_attrs[DIGEST], trial)
-        plain = [trial.user_attrs[DIGEST] for trial in self._trials.ended() if trial.user_attrs[SLOT] == PLAIN]
-        chosen = [*plain, *[digest for digest in best if digest not in plain][:_BEST]]
-        return chosen if len(chosen) > 1 else []
+        """The digests of the finalists, as the trials stand."""
+        if self._trials.objectives > 1:
+            return [trial.user_attrs[DIGEST] for trial in self._trials.front()]
+        best = dict.fromkeys(trial.user_attrs[DIGEST] for trial in self._trials.ranked())
+        plain = [digest for trial in self._trials.ended() if (digest := _plain(trial)) is not None]
+        return [*plain, *[digest for digest in best if digest not in plain][:_BEST]]
 
-    def winner(self) -> Winner | None:
-        """Return who won, None if no trial came to its end.
+    def finalists(self) -> list[Finalist]:
+        """Return all that were measured here and came to their end, with fewer trials too; of twins the first."""
+        owners = {trial.user_attrs[DIGEST]: trial for trial in reversed(self._trials.ended())}
+        return [  # what has no owner is of a study that is there no more
+            Finalist(owner, final)
+            for final in self.ledger.ended()
+            if (owner := owners.get(final.user_attrs[SLOT])) is not None
+        ]
 
-        That is the best of all plans that were measured here, with fewer trials too; where there are none, or all
-        diverged, it is the best trial.
+    def winner(self) -> Finalist | None:
+        """Return the finalist with the best score, None if there are none.
+
+        Of those whose scores differ from the best by no more than the standard error of the difference, it is the one
+        of the least objective, which is finer: at half of ResNet-32's MACs the best scores differ by one image in
+        2,500. Of equals it is the earlier one.
         """
-        ranked = self._trials.ranked()
-        first = {trial.user_attrs[DIGEST]: trial for trial in reversed(ranked)}
-        for final in self.ledger.ranked():
-            if final.user_attrs[SLOT] in first:  # else it is of a study that is there no more
-                return Winner(first[final.user_attrs[SLOT]], final)
-        return Winner(ranked[0], ranked[0]) if ranked else None
+        finalists = self.finalists()
+        if not finalists:
+            return None
+        best = min(finalists, key=lambda each: self._merit(each.measured))
+        alike = [
+            each
+            for each in finalists
+            if within_error(
+                self._merit(each.measured) - self._merit(best.measured), _error(each.measured), _error(best.measured)
+            )
+        ]
+        return min(alike, key=lambda each: (objective_of(each.measured), each.trial.number))
 
     def score(self, trial: Trial, scorer: Scorer, seed: int) -> str:
         """Score a finalist, and return what came of it in a few words.
@@ -77,21 +100,28 @@ class Finals:
             seed: of the fine-tune.
         """
         owner = next(t for t in self._trials.ended() if t.user_attrs[DIGEST] == trial.user_attrs[SLOT])
-        plan = parse_plan(str(owner.user_attrs[PLAN]), origin=f"the plan of trial {owner.number}")
-        value = score_longer(trial, plan, scorer, seed=seed)
+        value = tune(trial, plan_of(owner), scorer, seed=seed)
         self.ledger.tell(trial, *(() if value is None else (value,)))
-        return f"trial {owner.number} {'diverged' if value is None else outcome(trial, value)}"
+        return f"trial {owner.number} {outcome(trial, value)}"
 
     def table(self) -> pd.DataFrame:
         """Return the table of the trials, and beside them how finalists ended and what these are worth."""
         table = self._trials.table()
-        finals = {trial.user_attrs[SLOT]: trial for trial in self.ledger.finished()}
-        if not finals:
+        finals = self.ledger.table()
+        if finals.empty:
             return table
-        own = [finals.get(digest) for digest in table[DIGEST]]
-        table[f"{LONGER}state"] = [
-            None if final is None else "diverged" if was_stopped(final) else "complete" for final in own
-        ]
-        for name in _TOLD:
-            table[f"{LONGER}{name}"] = [None if final is None else final.user_attrs.get(name) for final in own]
-        return table
+        finals = finals.set_index(SLOT).reindex(columns=["state", *_TOLD])
+        return table.join(finals.add_prefix(TUNED), on=DIGEST)
+
+    def _merit(self, measured: FrozenTrial) -> float:
+        return self._sign * float(measured.user_attrs[SCORE])
+
+
+def _plain(trial: FrozenTrial) -> str | None:
+    """Return the digest of the plain allocation's trial, None for another one."""
+    return str(trial.user_attrs[DIGEST]) if trial.user_attrs[SLOT] == PLAIN else None
+
+
+def _error(measured: FrozenTrial) -> float:
+    """Return the standard error of a score."""
+    return float(measured.user_attrs.get("error") or 0.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from optuna.trial import FrozenTrial
 from torch import nn
 
 from kronsearch.errors import KronsearchError, ModelError, StudyError, TrainingError
@@ -14,28 +15,22 @@ from kronsearch.finetuning.validation import Validation
 from kronsearch.models.apply import is_compressed, stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
-from kronsearch.plan import Plan, Score, parse_plan
-from kronsearch.search.finals import Winner
-from kronsearch.search.study import PLAN, SCORE
-from kronsearch.training.data import Data
+from kronsearch.plan import Plan, Score
+from kronsearch.search.study import plan_of
 
 __all__ = ["check_cost", "final_plan", "is_done", "tuned"]
 
 
-def final_plan(won: Winner, study: str, data: Data | None) -> Plan:
-    """Return the stored plan of a trial that won, with its score and where it comes from.
+def final_plan(trial: FrozenTrial, study: str, score: Score | None) -> Plan:
+    """Return the stored plan of a trial, with its score and where it comes from.
 
     Args:
-        won: the trial, and what holds its score.
-        study: of the trial.
-        data: that it was scored on.
+        trial: of the search.
+        study: its name.
+        score: what the plan was measured to be worth.
     """
-    plan = parse_plan(str(won.trial.user_attrs[PLAN]), origin=f"the plan of trial {won.trial.number}")
-    score = None
-    if data is not None:
-        examples = int(won.measured.user_attrs.get("examples") or 0)
-        score = Score(metric=data.task.metric_name, value=float(won.measured.user_attrs[SCORE]), examples=examples)
-    provenance = plan.provenance.model_copy(update={"study": study, "trial": won.trial.number})
+    plan = plan_of(trial)
+    provenance = plan.provenance.model_copy(update={"study": study, "trial": trial.number})
     return plan.model_copy(update={"score": score, "provenance": provenance})
 
 

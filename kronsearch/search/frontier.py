@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Span, read_span
@@ -21,14 +21,14 @@ from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
-from kronsearch.search.finals import Winner
+from kronsearch.search.finals import Finalist, Finals
 from kronsearch.search.finish import final_plan
 from kronsearch.search.pace import Pace
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import Given, save_table
+from kronsearch.search.study import Given, objective_of, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Aim, Work
 from kronsearch.training.data import Data
@@ -171,9 +171,10 @@ def search_front(
 ) -> ScoredFront:
     """Search, in one study, for the plans that diverge least from a network at each cost between two ends.
 
-    A trial is asked for a budget, besides how errors are weighed; its plan is fine-tuned briefly and scored as in
-    `search`, and what is minimised is the divergence and the cost (none is stopped early: Optuna prunes no study of two
-    objectives). The study begins with plain allocations at up to five budgets. Called again likewise, it resumes.
+    A trial is asked for a budget, besides how errors are weighed; what is minimised is the divergence, measured as in
+    `search`, and the cost. The study begins with plain allocations at up to five budgets. The plans than which none is
+    better are scored after a proxy fine-tune, and make the front as far as none is better after it. Called again
+    likewise, it resumes.
 
     Args:
         model: the trained network; left untouched.
@@ -227,11 +228,13 @@ def search_front(
     check_reachable(subject.cost, subject.space, work.limits)
     ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
     work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
-    points = [_point(trial, ledger.name, data) for trial in ledger.front()]
-    if not points:
-        raise StudyError("no trial has a score: all of them diverged; ask for more --trials")
-    points.sort(key=lambda point: int(getattr(point.plan.compressed, span.limited)))
-    found = ScoredFront(tuple(points), ledger.table(), folder, phases.seconds, work.tuning)
+    finals = Finals(ledger, higher_is_better=work.higher_is_better)
+    work.play(finals)
+    front = _unbeaten(finals.finalists(), span.limited)
+    if not front:
+        raise StudyError("no plan has a score: all of them diverged; ask for more --trials")
+    points = tuple(_point(finalist, ledger.name, data) for finalist in front)
+    found = ScoredFront(points, finals.table(), folder, phases.seconds, work.tuning)
     if folder is not None:
         save_table(found.trials, folder)
         make_folder(folder / _PLANS)
@@ -245,6 +248,18 @@ def search_front(
     return found
 
 
-def _point(trial: FrozenTrial, study: str, data: Data) -> ScoredPoint:
-    measured = {name: float(trial.user_attrs[name]) for name in _MEASURED if trial.user_attrs.get(name) is not None}
-    return ScoredPoint(final_plan(Winner(trial, trial), study, data), measured, f"{_PLANS}/trial-{trial.number}.json")
+def _unbeaten(finalists: list[Finalist], cost: str) -> list[Finalist]:
+    """Return those that diverge less than all that cost no more, from the least cost to the most."""
+    left = sorted(finalists, key=lambda each: (each.trial.user_attrs[cost], objective_of(each.measured)))
+    front: list[Finalist] = []
+    for each in left:
+        if not front or (objective_of(each.measured) or 0.0) < (objective_of(front[-1].measured) or 0.0):
+            front.append(each)
+    return front
+
+
+def _point(finalist: Finalist, study: str, data: Data) -> ScoredPoint:
+    told = finalist.measured.user_attrs
+    measured = {name: float(told[name]) for name in _MEASURED if told.get(name) is not None}
+    plan = final_plan(finalist.trial, study, finalist.score(data.task.metric_name))
+    return ScoredPoint(plan, measured, f"{_PLANS}/trial-{finalist.trial.number}.json")

@@ -25,7 +25,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import save_table
+from kronsearch.search.study import Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.work import Work
@@ -60,9 +60,9 @@ class SearchResult:
     tuning: float
 
     @property
-    def summary(self) -> Summary:
-        """What the trials came to."""
-        return summarise(self.trials, self.plan.provenance.trial or 0)
+    def summary(self) -> Summary | None:
+        """What the trials came to; None without data, where there is but one."""
+        return None if self.plan.score is None else summarise(self.trials, self.plan.provenance.trial or 0)
 
     @property
     def gap(self) -> float:
@@ -98,10 +98,10 @@ def search(
 ) -> SearchResult:
     """Search for the best compression of a network under a budget; called again with the same settings, it resumes.
 
-    With data a trial is scored by the task's metric on the validation split after a proxy fine-tune, and what is
-    minimised is the divergence from the dense network's outputs there, which is finer; the best plans and the plain
-    allocation's are scored once more after a longer fine-tune, and one of them wins, see `Finals`. Without data, it is
-    the predicted error, which the plain allocation has proven to be lowest: one trial is all there is to do.
+    With data trials minimise the divergence from the dense network's outputs, measured on training images before any
+    fine-tune; the best plans and the plain allocation's are scored by the task's metric on the validation split after a
+    proxy fine-tune, and one of them wins, see `Finals`. Without data, it is the predicted error, which the plain
+    allocation has proven to be lowest: one trial is all there is to do.
 
     Args:
         model: the trained network; left untouched.
@@ -113,7 +113,7 @@ def search(
         sensitivity: what tells how much a layer's error matters: `measured`, how far the outputs change when it alone
             is replaced; `fisher`, an estimate of that; `inputs`, what the layer itself puts out; `absolute`, its
             kernel's squared norm; `plain`, nothing. Without data the first three are the last.
-        trials: how many finished trials there shall be in the end, pruned ones included.
+        trials: how many finished trials there shall be in the end, those that can't win included.
         timeout: seconds after which no further trial is begun; the finals and the final fine-tune follow.
         space: a search space, its name, or a YAML file.
         storage: of the study: URL of a database, or one that `open_study` explains; by default `study.db` in `out`, or
@@ -166,17 +166,31 @@ def search(
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
     ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
-    finals = Finals(ledger, ledger.beside("finals"))
+    finals = Finals(ledger, higher_is_better=run.higher_is_better)
     run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
     run.play(finals)
-    won, table = finals.winner(), finals.table()
+    table = finals.table()
     if folder is not None:
         save_table(table, folder)
-    if won is None:
-        raise StudyError("no trial has a score: all of them diverged or were pruned; ask for more --trials")
-    plan = pace.measured(final_plan(won, ledger.name, data))
+    plan = pace.measured(_winner(ledger, finals, data))
     small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
     dense, compressed = run.test(small)
     return SearchResult(plan, small, dense, compressed, table, folder, phases.seconds, run.tuning)
+
+
+def _winner(ledger: Study, finals: Finals, data: Data | None) -> Plan:
+    """Return the plan that won: in the finals, or without data in the trials.
+
+    Raises:
+        StudyError: none did.
+    """
+    if not ledger.ended():
+        raise StudyError("no trial has a plan that can win: all missed a budget or diverged; ask for more --trials")
+    if data is None:
+        return final_plan(ledger.ranked()[0], ledger.name, None)
+    won = finals.winner()
+    if won is None:
+        raise StudyError("no plan has a score: all finalists diverged in their fine-tune; ask for a looser budget")
+    return final_plan(won.trial, ledger.name, won.score(data.task.metric_name))

@@ -1,4 +1,4 @@
-"""Scoring a plan on the validation split, before and after a short proxy fine-tune."""
+"""Measuring a plan: before any fine-tune on training images, after a short proxy one on the validation split."""
 
 import copy
 import math
@@ -23,8 +23,7 @@ from kronsearch.training.schedule import TrainSettings, default_rate, total_step
 
 __all__ = ["Scorer"]
 
-_PROXY_IMAGES = 8_000  # that a proxy fine-tune sees
-_LONGER_IMAGES = 16_000  # that the one of a finalist sees
+_PROXY_IMAGES = 16_000  # that a proxy fine-tune sees
 _SETTLED_IMAGES = 10_000  # that a network is measured on before a fine-tune
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _PROXY = 11  # stream of random numbers
@@ -88,14 +87,7 @@ class Scorer:
         Every call with one seed sees the same images in the same order. If the loss is no longer finite, neither is the
         evaluation.
         """
-        return self._tuned(model, seed, _PROXY_IMAGES)
-
-    def longer(self, model: nn.Module, seed: int) -> Evaluation:
-        """Fine-tune as `proxy` does, but longer and at the rate of that length."""
-        return self._tuned(model, seed, _LONGER_IMAGES)
-
-    def _tuned(self, model: nn.Module, seed: int, images: int) -> Evaluation:
-        settings = TrainSettings(epochs=images / self.data.size("train"))
+        settings = TrainSettings(epochs=_PROXY_IMAGES / self.data.size("train"))
         settings = replace(settings, lr=default_rate(total_steps(settings, self.data.size("train"))))
         began = time.monotonic()
         report = finetune(

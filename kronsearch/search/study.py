@@ -13,32 +13,32 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from kronsearch.choices import SamplerName
 from kronsearch.errors import StudyError, differences
 from kronsearch.files import replacing
+from kronsearch.plan import Plan, parse_plan
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
 from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
-from kronsearch.training.evaluate import within_error
 
 __all__ = [
     "DIGEST",
     "FINISHED",
     "OBJECTIVE",
+    "OVER",
     "PLAN",
     "SCORE",
-    "STOPPED",
     "Given",
     "Identity",
     "Study",
     "objective_of",
+    "plan_of",
     "save_table",
-    "was_stopped",
 ]
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-PLAN, DIGEST, SCORE, STOPPED = "plan", "digest", "score", "stopped"
+PLAN, DIGEST, SCORE, OVER = "plan", "digest", "score", "over"
 OBJECTIVE = "divergence from the dense network"
-_GO_ON, _UNSTOPPED = 10.0, 2  # per cent of trials that are fine-tuned, after so many that all are
 _IDENTITY = "identity"
-_UNTOLD = (PLAN, STOPPED, WORKER, BEAT)  # in the table
+_COMPLETE = "complete"  # how a trial ended that can win
+_UNTOLD = (PLAN, WORKER, BEAT)  # in the table
 
 Identity = Mapping[str, Any]
 Slot = TypeVar("Slot", int, str)
@@ -48,19 +48,18 @@ Given = Callable[[int], Mapping[str, float] | None]
 class Study:
     """A study in a storage, opened for one worker.
 
-    What it minimises, and what the sampler and the pruner see, is not the score but how far a network's outputs diverge
+    What it minimises, and what the sampler sees, is not the score but how far a network's outputs diverge
     from the dense one's: a network that has memorised its training images scores 0.998 to 1 on a part of them whatever
     the plan, so that the score says next to nothing and the divergence still orders the plans. The score is kept beside
-    it, and chooses the winner as far as it can tell.
+    it.
 
     Each of the finished trials that are wanted is a slot, a number or a name, and a slot is given out once: a trial
     comes into being with its slot and its worker, storages number trials one after the other, and where two begin one
     slot at the same moment the one with the lower number has it. The sampler is seeded anew for each trial by its slot,
     and trials that failed tell it nothing, so that a single worker that resumes a study asks what it would have asked.
 
-    By default it is a Gaussian process, which finds better plans in fewer trials than TPE does. Optuna's knows nothing
-    of pruned trials, and would propose nearly the same again; so a trial that is stopped early is complete for it, with
-    the objective that it can be expected to have come to. Only it can't win. Pruned is one without any objective.
+    By default it is a Gaussian process. A trial whose plan is over a budget is complete for it, with an objective and a
+    constraint to learn from; only it can't win. Pruned is one without any objective.
 
     A worker that ends before its trial does leaves it running. Whoever asks next closes it as failed and its slot is
     free again: at once where both are on one machine, after minutes without a sign of life where they aren't.
@@ -69,10 +68,9 @@ class Study:
         storage: its URL, see `open_study`; None is memory.
         name: of the study in it.
         identity: what must not differ when it is resumed: model, data, budget, seed, ….
-        higher_is_better: the direction of the score; the objective is always minimised.
         seed: of the sampler.
         sampler: what proposes parameters, see `new_sampler`.
-        objectives: how many numbers are minimised: with a second one nothing is pruned, and there is no winner.
+        objectives: how many numbers are minimised.
 
     Raises:
         StudyError: the storage can't be opened, or the study was made with another identity.
@@ -84,16 +82,14 @@ class Study:
         name: str,
         identity: Identity,
         *,
-        higher_is_better: bool,
         seed: int,
         sampler: SamplerName = "gp",
         objectives: int = 1,
     ) -> None:
-        self.seed, self.name, self.higher_is_better = seed, name, higher_is_better
+        self.seed, self.name, self.objectives = seed, name, objectives
         self._storage, self._identity, self._sampler = storage, dict(identity), sampler
         self._me, self._lookout = new_worker(), Lookout()
         self._study = open_study(storage, name, objectives)
-        self._study.pruner = optuna.pruners.PercentilePruner(_GO_ON, n_startup_trials=_UNSTOPPED)
         trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
         known = self._study.user_attrs.get(_IDENTITY)
         where = f"the study {name!r} in {hidden(storage or 'memory')}"
@@ -117,45 +113,26 @@ class Study:
             self._storage,
             f"{self.name} {name}",
             self._identity,
-            higher_is_better=self.higher_is_better,
             seed=self.seed,
             sampler="random",
         )
 
     def finished(self) -> list[FrozenTrial]:
-        """Return the finished trials, stopped and pruned ones among them, in the order of their numbers."""
+        """Return the finished trials, those that can't win among them, in the order of their numbers."""
         return self._study.get_trials(deepcopy=False, states=FINISHED)
 
     def ended(self) -> list[FrozenTrial]:
-        """Return the trials that came to their end, in the order of their numbers."""
-        return [trial for trial in self.finished() if not was_stopped(trial)]
+        """Return the finished trials that can win, in the order of their numbers."""
+        return [trial for trial in self.finished() if _state(trial) == _COMPLETE]
 
     def left(self, slots: Iterable[Slot]) -> list[Slot]:
         """Return which of these slots aren't finished."""
         finished = {trial.user_attrs.get(SLOT) for trial in self.finished()}
         return [slot for slot in slots if slot not in finished]
 
-    def best(self) -> FrozenTrial | None:
-        """Return the winner among the trials that came to their end, None if there are none, or more objectives."""
-        return next(iter(self.ranked()), None)
-
     def ranked(self) -> list[FrozenTrial]:
-        """Return the trials that came to their end, the winner first; none of a study with more objectives.
-
-        Scores that differ from the best by no more than the standard error of the difference are alike, and stand
-        first; among those the order is that of the objective, which is finer: at half of ResNet-32's MACs the best
-        scores differ by one image in 2,500. Of equals the first stands first. The rest follows, ordered likewise.
-        """
-        sign = -1 if self.higher_is_better else 1
-        if len(self._study.directions) > 1:
-            return []
-        left, ranked = sorted(self.ended(), key=lambda trial: (sign * _score(trial), trial.number)), []
-        while left:
-            best, error = sign * _score(left[0]), _error(left[0])
-            alike = [trial for trial in left if within_error(sign * _score(trial) - best, error, _error(trial))]
-            ranked += sorted(alike, key=lambda trial: objective_of(trial) or 0.0)
-            left = [trial for trial in left if trial not in alike]
-        return ranked
+        """Return the trials that can win, those of the least (first) objective first; of equals the first one."""
+        return sorted(self.ended(), key=lambda trial: (objective_of(trial), trial.number))
 
     def front(self) -> list[FrozenTrial]:
         """Return the trials than which none is better in one objective and no worse in others; of twins the first."""
@@ -206,7 +183,7 @@ class Study:
         """Return a row for each finished trial: number, state, score, times, parameters, what was measured."""
         rows = []
         for trial in self.finished():
-            row: dict[str, Any] = {"trial": trial.number, "state": "pruned" if was_stopped(trial) else "complete"}
+            row: dict[str, Any] = {"trial": trial.number, "state": _state(trial)}
             row[SCORE] = trial.user_attrs.get(SCORE)
             row["seconds"] = trial.duration.total_seconds() if trial.duration else None
             row |= {key: value for key, value in trial.user_attrs.items() if key not in _UNTOLD}
@@ -244,11 +221,13 @@ def objective_of(trial: FrozenTrial) -> float | None:
     return trial.values[0] if trial.state is TrialState.COMPLETE else None
 
 
-def was_stopped(trial: Trial | FrozenTrial) -> bool:
-    """Tell whether a finished trial was stopped before its end, or has no objective at all."""
-    return bool(trial.user_attrs.get(STOPPED)) or (
-        isinstance(trial, FrozenTrial) and trial.state is not TrialState.COMPLETE
-    )
+def plan_of(trial: FrozenTrial) -> Plan:
+    """Return the plan that is stored with a trial.
+
+    Raises:
+        PlanError: it is malformed.
+    """
+    return parse_plan(str(trial.user_attrs[PLAN]), origin=f"the plan of trial {trial.number}")
 
 
 def save_table(table: pd.DataFrame, folder: Path) -> None:
@@ -257,10 +236,8 @@ def save_table(table: pd.DataFrame, folder: Path) -> None:
         table.to_csv(path, index=False)
 
 
-def _score(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get(SCORE) or 0.0)
-
-
-def _error(trial: FrozenTrial) -> float:
-    """Return the standard error of a trial's score."""
-    return float(trial.user_attrs.get("error") or 0.0)
+def _state(trial: FrozenTrial) -> str:
+    """Return how a finished trial ended."""
+    if OVER in trial.user_attrs:
+        return "over budget"
+    return _COMPLETE if trial.state is TrialState.COMPLETE else "pruned"

@@ -5,13 +5,13 @@ from itertools import combinations
 
 import pandas as pd
 
-from kronsearch.search.finals import LONGER
+from kronsearch.search.finals import TUNED
 from kronsearch.search.sampling import PLAIN
 from kronsearch.search.study import DIGEST
 
 __all__ = ["Agreement", "Summary", "summarise"]
 
-_FIDELITIES = ("predicted_error", "settled_divergence", "divergence")  # what is known of a plan, by what it costs
+_FIDELITIES = ("predicted_error", "divergence", f"{TUNED}divergence")  # what is known of a plan, by what it costs
 _FEWEST = 5  # plans to tell a rank correlation of
 
 
@@ -23,7 +23,7 @@ class Agreement:
         cheap: name of the column that costs less to know.
         dear: of the other one.
         correlation: Spearman's rank correlation of the two.
-        n: number of different plans that it is of: those whose trials have both, and for the last column ended.
+        n: number of different plans that it is of: those whose trials have both.
     """
 
     cheap: str
@@ -38,19 +38,18 @@ class Summary:
 
     Args:
         trials: how many are finished.
-        pruned: how many of them were stopped early, or diverged.
-        finalists: how many plans were fine-tuned longer; 0 where there was nothing to choose from.
+        failed: how many of them can't win: they missed a budget, or diverged.
+        finalists: how many plans were fine-tuned.
         winner: the number of the winner.
-        plain: score of the plain allocation, with which every study begins; None if it has none. This and what follows
-            is after the longer fine-tune, if the winner had that.
+        plain: score of the plain allocation after its fine-tune, with which every study begins; None if it has none.
         best: the winner's.
-        plain_divergence: of the plain allocation's outputs from the dense network's; None if it isn't known.
+        plain_divergence: of the plain allocation's outputs from the dense network's after it; None if it isn't known.
         best_divergence: the winner's.
-        agreements: of the measures that come before the last with it and each other, where there are enough plans.
+        agreements: of what is known of a plan, where there are enough plans: each with what costs more to know.
     """
 
     trials: int
-    pruned: int
+    failed: int
     finalists: int
     winner: int
     plain: float | None
@@ -63,26 +62,22 @@ class Summary:
 def summarise(trials: pd.DataFrame, winner: int) -> Summary:
     """Return the summary of a study's table and the number of its winner."""
     won = trials[trials["trial"] == winner].iloc[0]
-    ended = trials[trials["state"] == "complete"]
-    plain = ended[ended["slot"] == PLAIN]
-    longer = LONGER if _number(won, f"{LONGER}score") is not None else ""
-    state = f"{LONGER}state"
-    finalists = int(trials.dropna(subset=[state])[DIGEST].nunique()) if state in trials else 0
-    best = _number(won, f"{longer}score")
-    assert best is not None
+    first = trials[trials["slot"] == PLAIN]
+    plain = None if first.empty else first.iloc[0]
+    score, divergence = f"{TUNED}score", f"{TUNED}divergence"
     return Summary(
         trials=len(trials),
-        pruned=len(trials) - len(ended),
-        finalists=finalists,
+        failed=int((trials["state"] != "complete").sum()),
+        finalists=int(trials.dropna(subset=[f"{TUNED}state"])[DIGEST].nunique()),
         winner=winner,
-        plain=None if plain.empty else _number(plain.iloc[0], f"{longer}score"),
-        best=best,
-        plain_divergence=None if plain.empty else _number(plain.iloc[0], f"{longer}divergence"),
-        best_divergence=_number(won, f"{longer}divergence"),
+        plain=_number(plain, score),
+        best=float(won[score]),
+        plain_divergence=_number(plain, divergence),
+        best_divergence=_number(won, divergence),
         agreements=tuple(
             found
             for cheap, dear in combinations(_FIDELITIES, 2)
-            if (found := _agreement(ended if dear == _FIDELITIES[-1] else trials, cheap, dear)) is not None
+            if (found := _agreement(trials, cheap, dear)) is not None
         ),
     )
 
@@ -97,5 +92,5 @@ def _agreement(trials: pd.DataFrame, cheap: str, dear: str) -> Agreement | None:
     return Agreement(cheap, dear, float(ranks[cheap].corr(ranks[dear])), len(both))
 
 
-def _number(row: "pd.Series[float]", name: str) -> float | None:
-    return float(row[name]) if name in row.index and pd.notna(row[name]) else None
+def _number(row: "pd.Series[float] | None", name: str) -> float | None:
+    return None if row is None or name not in row.index or pd.isna(row[name]) else float(row[name])

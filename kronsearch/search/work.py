@@ -28,14 +28,14 @@ from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import DIGEST, OBJECTIVE, PLAN, SCORE, Given, Slot, Study, save_table
+from kronsearch.search.study import DIGEST, OBJECTIVE, PLAN, Given, Slot, Study, objective_of, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 3  # of how trials and finalists are measured: those of another can't be compared
+_REVISION = 4  # of how trials and finalists are measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 _PATIENCE = 1.0  # seconds between two looks at what other workers do
 
@@ -125,7 +125,6 @@ class Work:
             storage,
             study or "kronsearch",
             {**self.identity, "sampler": sampler, **choices},
-            higher_is_better=self.higher_is_better,
             seed=self.draft.seed,
             sampler=sampler,
             objectives=objectives,
@@ -186,8 +185,8 @@ class Work:
         self._share("trials", ledger, range(wanted), self.given(), run, ends)
 
     def play(self, finals: Finals) -> None:
-        """Fine-tune the finalists longer, or wait for others to do it."""
-        while finals.ledger.left(slots := finals.slots):  # of those that other workers' trials brought since, too
+        """Fine-tune the finalists, or wait for others to do it; without data there is nothing to do."""
+        while self.data is not None and finals.ledger.left(slots := finals.slots):  # other workers' new ones, too
             scorer = self.scorer()
             assert scorer is not None
             self._tell_finals(finals, slots)
@@ -224,9 +223,7 @@ class Work:
 
     def begin(self, ledger: Study, wanted: int) -> None:
         """Tell that trials are next."""
-        best = ledger.best()
-        known = None if best is None else best.user_attrs[SCORE]
-        self.subject.tell("trials", len(ledger.finished()), wanted, best=known)
+        self.subject.tell("trials", len(ledger.finished()), wanted, best=_best(ledger))
 
     def wait(self, phase: Phase, others: int, done: int, wanted: int) -> None:
         """Leave other workers time to end their trials; tell so once for each that ends."""
@@ -248,16 +245,15 @@ class Work:
         if aim.problem.bounds.hold(**allocation.costs):
             value = self._scored(ledger, trial, aim, allocation, latency)
         else:
-            value = overstepped(trial, specs_of(aim.problem.candidates, allocation), self.scorer(), ledger.ended())
+            value = overstepped(trial, specs_of(aim.problem.candidates, allocation), self.scorer())
         if not ledger.tell(trial, *(() if value is None else self.objectives(value, allocation))):
             return
-        best = ledger.best()
         self.subject.tell(
             "trials",
             len(ledger.finished()),
             wanted,
             f"trial {trial.number} {outcome(trial, value)}",
-            best=None if best is None else best.user_attrs[SCORE],
+            best=_best(ledger),
             macs=allocation.costs["macs"],
             params=allocation.costs["params"],
         )
@@ -293,7 +289,7 @@ class Work:
             *(() if latency is None else (("latency_ms", latency.compressed_ms), ("latency_ratio", latency.ratio))),
         ):
             trial.set_user_attr(key, attribute)
-        return score(trial, plan, self.scorer(), twin, ledger.ended(), seed=self.draft.seed)
+        return score(trial, plan, self.scorer(), twin)
 
     def finish(self, plan: Plan, epochs: float, folder: Path | None) -> nn.Module:
         """Return the winner, fine-tuned and measured; written to a folder, or read from there if it was done before.
@@ -339,3 +335,9 @@ class Work:
         if self.data is None:
             return None, None
         return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
+
+
+def _best(ledger: Study) -> float | None:
+    """Return the least objective so far, None where nothing has one, or more than one."""
+    best = ledger.ranked()
+    return objective_of(best[0]) if best and ledger.objectives == 1 else None

@@ -2,9 +2,9 @@
 
 python plans.py MODEL WEIGHTS CIFAR10_DIR BUDGET COUNT OUT
 
-Writes OUT/NN.safetensors, to be fine-tuned for long, and OUT/scores.csv: predicted error, and on the validation split
-accuracy and divergence from the dense network, once with batch norms re-estimated and once after the proxy fine-tune.
-The first is the plain allocation.
+Writes OUT/NN.safetensors, to be fine-tuned for long, and OUT/scores.csv: predicted error, and accuracy and divergence
+from the dense network, with batch norms re-estimated (on training images) and after the proxy fine-tune (on the
+validation split). The first is the plain allocation.
 """
 
 import sys

@@ -6,7 +6,7 @@ python run.py --weights WEIGHTS --data CIFAR10_DIR --out OUT [--model zoo:cifar_
 OUT gets a row in rows.csv for each budget, seed and arm that is done, and each test image's outcome beside it; what is
 there is not done again, so the same line goes on where it was stopped, and others add budgets, seeds and arms. An arm
 that searches has so many seconds of the process's own time for its trials, whatever else the machine does, and its
-finalists are fine-tuned longer after that; error tables and sensitivities are computed before, once for all arms. Plans
+finalists are fine-tuned after that; error tables and sensitivities are computed before, once for all arms. Plans
 that several arms come to are fine-tuned once a seed.
 
 uniform        CP of one rank ratio for all layers but the first convolution and the last layer, as the budget allows
@@ -34,7 +34,6 @@ from torch.nn import functional as F
 import kronsearch as ks
 from kronsearch.files import replacing
 from kronsearch.finetuning.course import long_settings, new_trainer
-from kronsearch.plan import parse_plan
 from kronsearch.search import decoders
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import new_decoder
@@ -43,7 +42,7 @@ from kronsearch.search.finals import Finals
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.sensitivity import estimated
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.study import PLAN, Study
+from kronsearch.search.study import Study, plan_of
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Work
 from kronsearch.sekron import SeKronSpec, count_macs, cp_sequence
@@ -160,7 +159,6 @@ class Bench:
             f"sqlite:///{folder / 'study.db'}",
             "s",
             {"arm": arm},
-            higher_is_better=True,
             seed=self.seed,
             sampler=sampler,
         )
@@ -171,28 +169,26 @@ class Bench:
             assert trial is not None
             with ledger.at_work(trial):
                 work.trial(ledger, trial, MANY)
-        took, first = time.process_time() - began, ledger.best()
-        finals = Finals(ledger, ledger.beside("finals"))
+        took, first = time.process_time() - began, ledger.ranked()[0]
+        finals = Finals(ledger, higher_is_better=True)
         work.play(finals)
         won, table = finals.winner(), finals.table()
-        assert first is not None
         assert won is not None
         best, measured = won
         table.to_csv(folder / "trials.csv", index=False)
         told = {
             "trials": len(table),
-            "pruned": int((table["state"] == "pruned").sum()),
-            "over": int((table["over"] > 0).sum()) if "over" in table else 0,
+            "over": int((table["state"] != "complete").sum()),
             "first": first.user_attrs["slot"],  # before the finals
             "winner": best.user_attrs["slot"],
             "search_seconds": round(took, 1),
             "finals_seconds": round(time.process_time() - began - took, 1),
-            "proxy_divergence": best.value,
-            "plain_proxy_divergence": float(table["divergence"][0]),
-            "longer_divergence": measured.value,
-            "plain_longer_divergence": float(table.get("longer_divergence", table["divergence"])[0]),
+            "least_divergence": first.value,  # before the finals
+            "plain_divergence": float(table["divergence"][0]),
+            "tuned_divergence": measured.value,
+            "plain_tuned_divergence": float(table["tuned_divergence"][0]),
         }
-        return parse_plan(str(best.user_attrs[PLAN]), origin="the winner").replaced, told
+        return plan_of(best).replaced, told
 
     def tuned(self, work: Work, specs: Specs) -> tuple[torch.Tensor, dict[str, object]]:
         """Return the outputs on the test split after the common fine-tune, and what the network costs."""

@@ -1,8 +1,11 @@
 import pandas as pd
 import pytest
+from optuna.trial import TrialState, create_trial
 
 import kronsearch as ks
 from kronsearch.errors import BudgetError, StudyError
+from kronsearch.search.finals import Finalist
+from kronsearch.search.frontier import _unbeaten
 from kronsearch.search.space import SearchSpace
 
 SETTINGS = {"flops": "30%:80%", "params": "90%", "space": SearchSpace(deep_fits=3), "allow_slower": True}
@@ -14,16 +17,32 @@ def found(digits_model, digits_data, tmp_path_factory):
     return ks.search_front(digits_model, digits_data, trials=6, out=out, **SETTINGS)
 
 
-def test_no_point_is_beaten_by_another_trial(found):
+def test_no_point_is_beaten_before_the_fine_tune_or_after_it(found):
     trials = found.trials
     assert len(trials) == 6
-    on_the_front = set(found.table["trial"])
+    finalists = set()
     for _, trial in trials.iterrows():
         better = trials[(trials["divergence"] <= trial["divergence"]) & (trials["macs"] <= trial["macs"])]
-        beaten = (better[["divergence", "macs"]] != trial[["divergence", "macs"]]).any(axis=1).any()
-        assert beaten != (trial["trial"] in on_the_front)
+        if (better[["divergence", "macs"]] == trial[["divergence", "macs"]]).all(axis=None):
+            finalists.add(trial["trial"])
+    assert set(trials.loc[trials["tuned_divergence"].notna(), "trial"]) == finalists
+    assert set(found.table["trial"]) <= finalists
     assert (found.table["macs"].diff()[1:] > 0).all()
     assert (found.table["divergence"].diff()[1:] < 0).all()
+    tuned = trials.set_index("trial")["tuned_divergence"]
+    assert found.table["divergence"].tolist() == tuned[found.table["trial"]].tolist()
+
+
+def test_what_costs_no_less_and_diverges_no_less_is_not_on_the_front():
+    def finalist(macs, divergence):
+        trial, measured = (
+            create_trial(state=TrialState.COMPLETE, value=divergence, user_attrs={"macs": macs}) for _ in range(2)
+        )
+        return Finalist(trial, measured)
+
+    given = [finalist(*told) for told in ((3, 0.5), (1, 0.9), (2, 0.9), (3, 0.4), (4, 0.6), (5, 0.3))]
+    front = _unbeaten(given, "macs")
+    assert [(each.trial.user_attrs["macs"], each.measured.value) for each in front] == [(1, 0.9), (3, 0.4), (5, 0.3)]
 
 
 def test_plans_keep_the_budget_of_their_trial_and_the_fixed_one(found, digits_cost):

@@ -20,7 +20,7 @@ def given(slot):
 
 
 def opened(path, name, seed=0):
-    return Study(f"sqlite:///{path}", "s", {"seed": seed}, higher_is_better=True, seed=seed, sampler=name)
+    return Study(f"sqlite:///{path}", "s", {"seed": seed}, seed=seed, sampler=name)
 
 
 def run_trials(study, count):

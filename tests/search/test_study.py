@@ -18,7 +18,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from kronsearch.errors import StudyError
-from kronsearch.search.study import SCORE, STOPPED, Study
+from kronsearch.search.study import OVER, SCORE, Study
 from kronsearch.search.workers import BEAT, Lookout
 
 IDENTITY = {"model": "m", "budget": "flops 50%", "seed": 0}
@@ -34,7 +34,7 @@ def at(path):
 
 
 def opened(path, identity=IDENTITY, *, seed=0):
-    return Study(at(path), "s", identity, higher_is_better=True, seed=seed)
+    return Study(at(path), "s", identity, seed=seed)
 
 
 def no_given(_):
@@ -46,13 +46,11 @@ def given(slot):
 
 
 def run_trial(study, trial):
-    """Run a trial that is over in no time, and is pruned now and then."""
+    """Run a trial that is over in no time, and is over a budget now and then."""
     x, y = trial.suggest_float("x", -1, 1), trial.suggest_float("y", -1, 1)
-    for step in range(2):
-        trial.report(x**2 + y - step, step)
-        if trial.should_prune():
-            trial.set_user_attr(STOPPED, True)
-            return study.tell(trial, x**2 + y - step)
+    trial.set_constraint("x", x - 0.6)
+    if x > 0.6:
+        trial.set_user_attr(OVER, x - 0.6)
     trial.set_user_attr(SCORE, -y)
     return study.tell(trial, x**2 + y)
 
@@ -70,7 +68,7 @@ def outcome(study):
 
 def work(url, count):
     """Work on a study like `search` does until it is done."""
-    study = Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
+    study = Study(url, "s", IDENTITY, seed=0)
     while len(study.finished()) < count:
         trial = study.ask(range(count), given)
         if trial is None:
@@ -105,7 +103,7 @@ def test_a_resumed_study_asks_what_it_would_have_asked(tmp_path):
     assert run_trials(opened(tmp_path / "b.db"), 11) == whole
     table = opened(tmp_path / "a.db").table()
     assert table["x"].tolist()[:3] == [params["x"] for params in GIVEN]
-    assert set(table["state"]) == {"complete", "pruned"}
+    assert set(table["state"]) == {"complete", "over budget"}
 
 
 def test_another_seed_asks_something_else(tmp_path):
@@ -213,56 +211,32 @@ def test_what_was_taken_over_does_not_count_twice(tmp_path):
     assert len(slow.finished()) == 1
 
 
-def scored(study, *results):
-    """Run a trial for each (score, standard error, divergence); None for one that is pruned."""
-    for result in results:
+def told(study, *objectives):
+    """Run a trial for each objective; None for one that has none."""
+    for objective in objectives:
         trial = study.ask(range(MANY), no_given)
-        if result is not None:
-            trial.set_user_attr(SCORE, result[0])
-            trial.set_user_attr("error", result[1])
-        study.tell(trial, *(() if result is None else result[2:3]))
+        study.tell(trial, *(() if objective is None else (objective,)))
     return study
 
 
-def test_the_best_is_the_first_of_equals_and_pruned_trials_count_as_finished(tmp_path):
+def test_the_best_is_the_first_of_equals_and_trials_without_an_objective_count_as_finished(tmp_path):
     study = opened(tmp_path / "a.db")
-    assert study.best() is None
-    scored(study, (0.5, 0, 1.0), None, (0.7, 0, 1.0), (0.7, 0, 1.0))
-    assert study.best().number == 2
+    assert study.ranked() == []
+    told(study, 1.0, None, 0.5, 0.5)
+    assert [trial.number for trial in study.ranked()] == [2, 3, 0]
     assert len(study.finished()) == 4
-    table = study.table()
-    assert table["state"].tolist() == ["complete", "pruned", "complete", "complete"]
-    assert table["score"].dropna().tolist() == [0.5, 0.7, 0.7]
+    assert study.table()["state"].tolist() == ["complete", "pruned", "complete", "complete"]
 
 
-def test_a_stopped_trial_is_known_to_the_sampler_but_does_not_win(tmp_path):
+def test_what_is_over_a_budget_is_known_to_the_sampler_but_does_not_win(tmp_path):
     study = opened(tmp_path / "a.db")
     trial = study.ask(range(MANY), no_given)
-    trial.set_user_attr(STOPPED, True)
-    scored(study, (0.5, 0, 1.0))
-    trial.set_user_attr(SCORE, 0.9)
+    trial.set_user_attr(OVER, 0.25)
+    told(study, 1.0)
     assert study.tell(trial, 0.5)
-    assert study.best().number == 1
-    assert study.table()["state"].tolist() == ["pruned", "complete"]
-    assert "stopped" not in study.table()
+    assert [trial.number for trial in study.ranked()] == [1]
+    assert study.table()["state"].tolist() == ["over budget", "complete"]
     assert [found.value for found in study.finished() if found.state is TrialState.COMPLETE] == [0.5, 1.0]
-
-
-def test_where_lower_is_better_the_best_has_the_lowest_score(tmp_path):
-    study = Study(f"sqlite:///{tmp_path / 'a.db'}", "s", IDENTITY, higher_is_better=False, seed=0)
-    assert scored(study, (0.5, 0, 1.0), (0.3, 0, 2.0), (0.4, 0, 3.0)).best().number == 1
-
-
-def test_of_scores_within_the_standard_error_the_least_divergence_wins(tmp_path):
-    study = scored(
-        opened(tmp_path / "a.db"), (0.890, 0.006, 0.1), (0.901, 0.006, 0.4), (0.905, 0.006, 0.3), (0.9, 0.006, 0.2)
-    )
-    assert study.best().number == 3
-
-
-def test_a_score_without_a_fault_is_not_beyond_doubt(tmp_path):
-    study = scored(opened(tmp_path / "a.db"), (1.0, 0.0, 0.3), (0.9996, 0.0004, 0.2), (0.9984, 0.0007, 0.1))
-    assert study.best().number == 1
 
 
 def test_the_sampler_comes_near_to_the_least_divergence(tmp_path):
@@ -305,7 +279,7 @@ def test_four_workers_end_with_each_trial_once(tmp_path, url):
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    study = Study(url, "s", IDENTITY, higher_is_better=True, seed=0)
+    study = Study(url, "s", IDENTITY, seed=0)
     table = study.table()
     assert sorted(table["slot"]) == list(range(count))
     assert table["trial"].is_unique
