@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import exp
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kronsearch.budget import Limits
 from kronsearch.models.profile import LayerCost, ModelCost
@@ -20,7 +21,8 @@ class Weighing:
     """How predicted errors are weighed; the default is the plain allocation.
 
     A candidate of layer l with relative squared error e counts
-    `exp(importance[group of l] + price[structure]) · sensitivity_l^trust · e^curvature`.
+    `exp(importance[group of l] + price[structure] + context · c_l) · sensitivity_l^trust · e^curvature`, where `c` is
+    the context of the problem.
 
     Args:
         trust: in the measured sensitivities: 1 takes them as they are, 0 takes all layers for alike; ½ was as good or
@@ -28,12 +30,14 @@ class Weighing:
         curvature: 1 means that the loss grows in proportion to the squared error.
         importance: logarithmic, of each group of layers.
         price: logarithmic, of each kind of structure.
+        context: how far to go with what is known of layers in the network of the plain plan: 1 takes it as it is.
     """
 
     trust: float = 0.5
     curvature: float = 1.0
     importance: Mapping[str, float] = field(default_factory=dict)
     price: Mapping[Structure, float] = field(default_factory=dict)
+    context: float = 0.0
 
 
 def group_of(layer: LayerCost) -> str:
@@ -51,6 +55,7 @@ class Problem:
         candidates: of each replaceable layer.
         sensitivity: of each replaceable layer: what a relative squared error of 1 would cost.
         latency: of the dense network in the terms of the candidates' latencies, None where those have none.
+        context: of replaceable layers: how much more they matter in the network of the plain plan, a logarithm.
     """
 
     cost: ModelCost
@@ -58,6 +63,7 @@ class Problem:
     candidates: Sequence[Candidates]
     sensitivity: Mapping[str, float]
     latency: int | None = None
+    context: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[str]:
@@ -95,7 +101,8 @@ class Problem:
             name: cost - sum(int(layer.costs[name][0]) for layer in self.candidates)
             for name, cost in self.dense.items()
         }
-        return allocate([self._choices(layer, weighing) for layer in self.candidates], self.bounds, fixed=fixed)
+        choices = [Choices(layer.costs, self.weighed(layer, weighing)) for layer in self.candidates]
+        return allocate(choices, self.bounds, fixed=fixed)
 
     def predicted_error(self, chosen: Sequence[int]) -> float:
         """Return the mean relative squared error of the chosen candidates, weighed by sensitivity."""
@@ -103,9 +110,11 @@ class Problem:
         errors = [float(layer.error[index]) for layer, index in zip(self.candidates, chosen, strict=True)]
         return float(np.dot(weights, errors)) / (sum(weights) or 1.0)
 
-    def _choices(self, layer: Candidates, weighing: Weighing) -> Choices:
+    def weighed(self, layer: Candidates, weighing: Weighing) -> NDArray[np.float64]:
+        """Return what each of a layer's candidates counts."""
         importance = weighing.importance.get(group_of(self.cost.layer(layer.name)), 0.0)
+        importance += weighing.context * self.context.get(layer.name, 0.0)
         weight = exp(importance) * self.sensitivity[layer.name] ** weighing.trust
         prices = {kind: exp(weighing.price.get(kind, 0.0)) for kind in Structure}
         price = np.array([prices[kind] for kind in layer.structures()])
-        return Choices(layer.costs, weight * price * layer.error**weighing.curvature)
+        return np.asarray(weight * price * layer.error**weighing.curvature)

@@ -18,7 +18,15 @@ __all__ = ["Allocate", "Decoder", "Direct", "new_decoder"]
 # plain allocation, which is nearly the best.
 _IMPORTANCE, _PRICE = 0.5, 0.35
 _CURVATURE = 0.2  # about 1
-_TRUST = (0.5, 0.75, 0.25)  # of the plain allocations with which every study begins: the middle and both ends
+_TRUST = (0.25, 0.75)
+_CONTEXT = (0.0, 1.5)
+_GIVEN = (  # with which every study begins, the plain allocation first
+    Weighing(),
+    Weighing(context=0.5),
+    Weighing(context=1.0),
+    Weighing(trust=0.75),
+    Weighing(trust=0.25),
+)
 
 
 class Decoder(Protocol):
@@ -44,20 +52,28 @@ class Allocate:
     def suggest(self, trial: Trial, problem: Problem) -> Weighing:
         """Ask the sampler for a weighing."""
         return Weighing(
-            trust=trial.suggest_float("trust", min(_TRUST), max(_TRUST)),
+            trust=trial.suggest_float("trust", *_TRUST),
             curvature=trial.suggest_float("curvature", 1 - _CURVATURE, 1 + _CURVATURE),
             importance={
                 group: trial.suggest_float(f"importance/{group}", -_IMPORTANCE, _IMPORTANCE) for group in problem.groups
             },
             price={kind: trial.suggest_float(f"price/{kind}", -_PRICE, _PRICE) for kind in problem.structures},
+            context=trial.suggest_float("context", *_CONTEXT) if problem.context else 0.0,
         )
 
     def given(self, problem: Problem) -> Given:
-        """Give the plain allocation, then those of other trust in the sensitivities."""
-        plain = {"curvature": 1.0}
-        plain |= {f"importance/{group}": 0.0 for group in problem.groups}
-        plain |= {f"price/{kind}": 0.0 for kind in problem.structures}
-        return lambda slot: {"trust": _TRUST[slot], **plain} if slot < len(_TRUST) else None
+        """Give the plain allocation, then those in context and of other trust in the sensitivities."""
+        given = _given(problem)
+        same = {f"importance/{group}": 0.0 for group in problem.groups}
+        same |= {f"price/{kind}": 0.0 for kind in problem.structures}
+
+        def of_slot(slot: int) -> dict[str, float] | None:
+            if slot >= len(given):
+                return None
+            told = {"trust": given[slot].trust, "curvature": given[slot].curvature, **same}
+            return told | ({"context": given[slot].context} if problem.context else {})
+
+        return of_slot
 
 
 class Direct:
@@ -73,14 +89,20 @@ class Direct:
 
     def given(self, problem: Problem) -> Given:
         """Give the places of the plans that `Allocate` begins with."""
+        given = _given(problem)
 
         def of_slot(slot: int) -> dict[str, float] | None:
-            if slot >= len(_TRUST):
+            if slot >= len(given):
                 return None
-            found = places(problem, problem.allocate(Weighing(trust=_TRUST[slot])))
+            found = places(problem, problem.allocate(given[slot]))
             return {f"place/{name}": where for name, where in found.items()}
 
         return of_slot
+
+
+def _given(problem: Problem) -> list[Weighing]:
+    """Return with which weighings a study of this problem begins."""
+    return [weighing for weighing in _GIVEN if problem.context or not weighing.context]
 
 
 def new_decoder(name: DecoderName) -> Decoder:

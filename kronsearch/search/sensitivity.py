@@ -17,6 +17,7 @@ from kronsearch.search.candidates import Candidates
 from kronsearch.search.prepare import Prepared
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
+from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
@@ -152,10 +153,7 @@ class Damage:
     def _outputs(self, network: nn.Module) -> list[Tensor]:
         """Return the outputs for each batch, with the batch's own statistics in batch norms; it changes the network."""
         precision = precision_for(self._device)
-        with torch.no_grad(), eval_mode(network), kernels_formed(network, KERNELS[precision]):
-            for module in network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train()
+        with torch.no_grad(), batch_statistics(network), kernels_formed(network, KERNELS[precision]):
             return [forward(network, inputs, precision) for inputs in self._inputs]
 
 

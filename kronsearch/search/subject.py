@@ -13,8 +13,10 @@ from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.candidates import Candidates
+from kronsearch.search.context import Context
 from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.reach import replaceable
+from kronsearch.search.score import Scorer
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.stopwatch import Setting, Stopwatch
@@ -126,6 +128,16 @@ class Subject:
         )
         return candidates, damage.sensitivity(
             candidates, lambda done, name: self.tell("sensitivity", done, len(candidates), name)
+        )
+
+    def context(self, prepared: Prepared, scorer: Scorer) -> Context:
+        """Return what measures how much layers matter in the network of a plan."""
+        return Context(
+            scorer,
+            self.cost.macs,
+            prepared.origin or {},
+            self._shelf,
+            lambda done, total: self.tell("sensitivity", done, total, "in context" * (done < total)),
         )
 
     def stopwatch(self, setting: Setting) -> Stopwatch:

@@ -135,15 +135,18 @@ class Work:
 
     def set_problem(self) -> None:
         """Measure, decompose, and set what the trials are about."""
-        self.set_tables()
+        prepared = self.set_tables()
         self.problem = self.pace.problem(self.plain)
+        if self._scorer is not None:
+            self.problem = self.subject.context(prepared, self._scorer).known(self.problem)
 
-    def set_tables(self) -> None:
-        """Measure, decompose, and set what the trials would be about if latency were of no account."""
+    def set_tables(self) -> Prepared:
+        """Measure, decompose, and set what the trials would be about if latency and context were of no account."""
         prepared = self.subject.prepared()
         candidates, sensitivity = self.subject.tables(prepared)
         self.plain = Problem(self.subject.cost, self.limits, candidates, sensitivity)
         self._scorer = self._scorer_with(prepared)
+        return prepared
 
     def scorer(self) -> Scorer | None:
         """Return the one scorer, None without data."""

@@ -1,5 +1,8 @@
 """Re-estimating batch-norm statistics after the layers before them have changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -7,7 +10,7 @@ from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
-__all__ = ["reestimate_batchnorm"]
+__all__ = ["batch_statistics", "reestimate_batchnorm"]
 
 
 def reestimate_batchnorm(
@@ -43,3 +46,16 @@ def reestimate_batchnorm(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norms take their statistics from the batch, all else in eval mode; running statistics move with it.
+
+    For copies of a network, which nobody evaluates after: it comes to what their re-estimation would.
+    """
+    with eval_mode(model):
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        yield

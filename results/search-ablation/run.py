@@ -6,12 +6,13 @@ python run.py --weights WEIGHTS --data CIFAR10_DIR --out OUT [--model zoo:cifar_
 OUT gets a row in rows.csv for each budget, seed and arm that is done, and each test image's outcome beside it; what is
 there is not done again, so the same line goes on where it was stopped, and others add budgets, seeds and arms. An arm
 that searches has so many seconds of the process's own time for its trials, whatever else the machine does, and its
-finalists are fine-tuned after that; error tables and sensitivities are computed before, once for all arms. Plans
-that several arms come to are fine-tuned once a seed.
+finalists are fine-tuned after that; error tables, sensitivities and contributions in context are computed before, once
+for all arms. Plans that several arms come to are fine-tuned once a seed.
 
 uniform        CP of one rank ratio for all layers but the first convolution and the last layer, as the budget allows
 plain, absolute, inputs, fisher, measured
                the plain allocation with each of the sensitivities, without any search
+context        the allocation with measured sensitivities and what is known of layers in the plain plan's network
 random, gp, tpe, cmaes
                trials that decide how errors are weighed (measured sensitivity), by each sampler
 wide           as gp, with bounds of the logarithms that are twice as wide
@@ -60,6 +61,7 @@ SEARCHED = {  # decoder, sampler, how many times as wide as by default the bound
 ARMS = (  # the most important first
     "measured",
     "gp",
+    "context",
     "fisher",
     "uniform",
     "random",
@@ -139,6 +141,11 @@ class Bench:
         work.problem = Problem(
             subject.cost, limits, self.candidates, self.sensitivities.get(arm, self.sensitivities["measured"])
         )
+        if arm in SEARCHED or arm == "context":
+            began, scorer = time.process_time(), work.scorer()
+            assert scorer is not None
+            work.problem = subject.context(self.prepared, scorer).known(work.problem)
+            print(f"seed {self.seed}: context {time.process_time() - began:.0f} s of CPU", flush=True)
         return work
 
     def specs(self, work: Work, arm: str, folder: Path) -> tuple[Specs, dict[str, object]]:
@@ -147,6 +154,8 @@ class Bench:
             return uniform(self.subject.cost, work.problem), {}
         if arm in self.sensitivities:
             return specs_of(self.candidates, work.problem.allocate(Weighing())), {}
+        if arm == "context":
+            return specs_of(self.candidates, work.problem.allocate(Weighing(context=1.0))), {}
         return self.search(work, arm, folder)
 
     def search(self, work: Work, arm: str, folder: Path) -> tuple[Specs, dict[str, object]]:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_importance_buys_a_group_accuracy(problem):
     before = errors(problem, problem.allocate(Weighing()))
     after = errors(problem, problem.allocate(Weighing(importance={group: 3.0})))
     assert sum(after[name] for name in members) < sum(before[name] for name in members)
+
+
+def test_context_counts_as_far_as_it_is_trusted(problem):
+    layer = problem.candidates[2]
+    name = layer.name
+    known = replace(problem, context={name: 3.0})
+    assert known.allocate(Weighing()) == problem.allocate(Weighing())
+    half = known.weighed(layer, Weighing(context=0.5))
+    assert half == pytest.approx(math.exp(1.5) * problem.weighed(layer, Weighing()))
+    before, after = (errors(each, each.allocate(Weighing(context=1.0))) for each in (problem, known))
+    assert after[name] < before[name]
 
 
 def _members(problem, group):

@@ -48,6 +48,23 @@ def test_trial_0_of_allocate_is_the_plain_allocation(problem, pace):
     assert told(Allocate(), problem, pace, first)[0] == (problem.allocate(Weighing()), None)
 
 
+def test_then_come_those_in_context_if_it_is_known(problem, pace):
+    known = replace(problem, context={layer.name: 2.0 * number for number, layer in enumerate(problem.candidates)})
+    given = Allocate().given(known)
+    asked = [given(slot) for slot in range(5)]
+    assert [params["context"] for params in asked] == [0.0, 0.5, 1.0, 0.0, 0.0]
+    assert [params["trust"] for params in asked] == [0.5, 0.5, 0.5, 0.75, 0.25]
+    assert given(5) is None
+    assert told(Allocate(), known, pace, asked[0])[0] == (problem.allocate(Weighing()), None)
+    (allocation, _), trial = told(Allocate(), known, pace, asked[2])
+    assert allocation == known.allocate(Weighing(context=1.0)) != problem.allocate(Weighing())
+    assert "context" in trial.params
+    assert "context" not in told(Allocate(), problem, pace, Allocate().given(problem)(0))[1].params
+    places = [Direct().given(known)(slot) for slot in range(6)]
+    assert places[2] not in (places[0], None)
+    assert places[5] is None
+
+
 def test_a_front_has_what_nothing_cheaper_equals(problem):
     for layer in problem.candidates:
         kept, cost = front(problem, layer)

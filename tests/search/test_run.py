@@ -23,7 +23,7 @@ SPACE = SearchSpace(deep_fits=3)
 # of the study of `found`, to which a search with them comes back
 SETTINGS = {
     "budget": ks.Budget(flops="50%", params="60%"),
-    "trials": 2,
+    "trials": 4,
     "space": SPACE,
     "model_spec": "zoo:digits",
     "allow_slower": True,
@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def found(digits_model, digits_data, tmp_path_factory):
-    """A search with two trials, and what it told."""
+    """A search with four trials, and what it told."""
     out, told = tmp_path_factory.mktemp("run") / "out", []
     result = ks.search(
         digits_model,
@@ -78,7 +78,7 @@ def test_files_hold_what_the_result_does(found, digits_model):
     assert ks.load_plan(result.out / "plan.json") == result.plan
     again = load_compressed(digits_model, result.out / "compressed.safetensors", result.plan)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), result.model.parameters(), strict=True))
-    assert pd.read_csv(result.out / "trials.csv")["trial"].tolist() == [0, 1]
+    assert pd.read_csv(result.out / "trials.csv")["trial"].tolist() == [0, 1, 2, 3]
     assert sorted(path.name for path in result.out.iterdir()) == [
         ".final.lock",
         "cache",
@@ -184,10 +184,10 @@ def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(fou
 def test_the_summary_and_the_times_are_of_the_trials(found):
     result, _ = found
     summary = result.summary
-    assert (summary.trials, summary.winner) == (2, result.plan.provenance.trial)
+    assert (summary.trials, summary.winner) == (4, result.plan.provenance.trial)
     assert summary.best == result.plan.score.value
     assert summary.plain_divergence == result.trials["tuned_divergence"][0]
-    assert summary.finalists == 2
+    assert summary.finalists == result.trials["digest"].nunique() > 1
     tuned = {"trials", "finalists", "final"}
     assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "test", *tuned}
     assert 0 < result.tuning < sum(result.seconds[phase] for phase in tuned)
@@ -197,11 +197,13 @@ def test_the_winner_is_chosen_among_finalists_that_a_fine_tune_brings_nearer(fou
     result, _ = found
     trials, winner = result.trials, result.plan.provenance.trial
     assert (trials["tuned_divergence"] < trials["divergence"]).all()
-    assert winner == trials["tuned_divergence"].idxmin()
+    assert trials["trial"][winner] == winner == trials["tuned_divergence"].idxmin()
     assert result.plan.score.value == trials["tuned_score"][winner]
     assert result.plan.score.examples == digits_data.size("val")
     study = optuna.load_study(study_name="kronsearch finals", storage=f"sqlite:///{result.out / 'study.db'}")
-    assert [trial.user_attrs["slot"] for trial in study.trials] == trials["digest"].tolist()
+    best = trials.sort_values("divergence")["digest"].drop_duplicates().tolist()
+    plain = trials["digest"][0]
+    assert [trial.user_attrs["slot"] for trial in study.trials] == [plain, *[each for each in best if each != plain]]
     assert pd.read_csv(result.out / "trials.csv")["tuned_score"].tolist() == trials["tuned_score"].tolist()
 
 
@@ -209,9 +211,9 @@ def test_every_phase_is_told_in_order(found):
     _, told = found
     phases = list(dict.fromkeys(step.phase for step in told))
     assert phases == ["profile", "calibrate", "tables", "sensitivity", "trials", "finalists", "final", "test"]
-    assert [step.done for step in told if step.phase == "finalists"] == [0, 1, 2]
+    assert [step.done for step in told if step.phase == "finalists"] == list(range(found[0].summary.finalists + 1))
     trials = [step for step in told if step.phase == "trials"]
-    assert [step.done for step in trials] == [0, 1, 2]
+    assert [step.done for step in trials] == [0, 1, 2, 3, 4]
     assert trials[-1].best == min(step.best for step in trials[1:])
 
 
@@ -221,7 +223,7 @@ def test_the_same_seed_gives_the_same_plan(found, digits_model, digits_data):
         digits_model,
         digits_data,
         budget=ks.Budget(flops="50%", params="60%"),
-        trials=2,
+        trials=4,
         space=SPACE,
         final_epochs=0,
         allow_slower=True,
@@ -362,7 +364,7 @@ def test_a_direct_search_tells_what_is_over_the_budget_and_hands_back_what_is_no
     digits_model, digits_data, digits_cost, tmp_path
 ):
     settings = {
-        "budget": ks.Budget(flops="40%"),
+        "budget": ks.Budget(flops="25%"),
         "decoder": "direct",
         "sampler": "random",
         "sensitivity": "plain",
@@ -371,7 +373,7 @@ def test_a_direct_search_tells_what_is_over_the_budget_and_hands_back_what_is_no
         "final_epochs": 0,
         "out": tmp_path / "out",
     }
-    result = ks.search(digits_model, digits_data, trials=7, **settings)
+    result = ks.search(digits_model, digits_data, trials=9, **settings)
     table = result.trials
     over = table["over"] > 0
     assert over.any()
@@ -379,13 +381,13 @@ def test_a_direct_search_tells_what_is_over_the_budget_and_hands_back_what_is_no
     assert table["digest"][over].isna().all()
     assert table["tuned_divergence"][over].isna().all()
     assert table["divergence"].notna().all()
-    assert not over[:3].any()
-    assert (table["macs"][~over] <= digits_cost.macs * 4 // 10).all()
-    assert result.plan.compressed.macs <= digits_cost.macs * 4 // 10
+    assert not over[:5].any()
+    assert (table["macs"][~over] <= digits_cost.macs // 4).all()
+    assert result.plan.compressed.macs <= digits_cost.macs // 4
     assert all(0 <= value <= 1 for value in table.filter(like="place/").to_numpy().ravel())
     for setting, name, was in (("decoder", "allocate", "direct"), ("sampler", "tpe", "random")):
         with pytest.raises(StudyError, match=f"{setting} was {was}, is {name}"):
-            ks.search(digits_model, digits_data, trials=7, **settings | {setting: name})
+            ks.search(digits_model, digits_data, trials=9, **settings | {setting: name})
 
 
 @pytest.mark.parametrize("setting", ["decoder", "sampler", "sensitivity"])
