@@ -27,6 +27,7 @@ __all__ = [
     "SCORE",
     "Given",
     "Identity",
+    "Slot",
     "Study",
     "objective_of",
     "plan_of",

@@ -1,8 +1,7 @@
 """The state of one search: what its trials are about, how they are scored, and what is made of the winner."""
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from kronsearch.search.finish import check_cost, is_done, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
-from kronsearch.search.study import DIGEST, OBJECTIVE, PLAN, Given, Slot, Study, objective_of, save_table
+from kronsearch.search.sharing import share
+from kronsearch.search.study import DIGEST, OBJECTIVE, PLAN, Given, Study, objective_of, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
@@ -37,7 +37,6 @@ __all__ = ["Aim", "Work"]
 
 _REVISION = 4  # of how trials and finalists are measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
-_PATIENCE = 1.0  # seconds between two looks at what other workers do
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ class Work:
         self.subject, self.limits, self.draft, self.pace, self.decoder = subject, limits, draft, pace, decoder
         self.data, self.dense, self.device = subject.data, subject.dense, subject.device
         self._scorer: Scorer | None = None
-        self._waited: tuple[Phase, int] | None = None
         self._final_seconds = 0.0
 
     @property
@@ -185,7 +183,7 @@ class Work:
             if folder is not None:
                 save_table(ledger.table(), folder)
 
-        self._share("trials", ledger, range(wanted), self.given(), run, ends)
+        share(ledger, range(wanted), run, self._waits("trials", wanted), given=self.given(), ends=ends)
 
     def play(self, finals: Finals) -> None:
         """Fine-tune the finalists, or wait for others to do it; without data there is nothing to do."""
@@ -197,43 +195,20 @@ class Work:
             def run(trial: Trial, slots: Sequence[str] = slots, scorer: Scorer = scorer) -> None:
                 self._tell_finals(finals, slots, finals.score(trial, scorer, self.draft.seed))
 
-            self._share("finalists", finals.ledger, slots, lambda _: None, run, None)
+            share(finals.ledger, slots, run, self._waits("finalists", len(slots)))
 
     def _tell_finals(self, finals: Finals, slots: Sequence[str], words: str = "") -> None:
         self.subject.tell("finalists", len(slots) - len(finals.ledger.left(slots)), len(slots), words)
-
-    def _share(
-        self,
-        phase: Phase,
-        ledger: Study,
-        slots: Sequence[Slot],
-        given: Callable[[Slot], Mapping[str, float] | None],
-        run: Callable[[Trial], None],
-        ends: float | None,
-    ) -> None:
-        """Run, or wait for others to run, what is left of these slots; after `ends`, if one is done, nothing more."""
-        while left := ledger.left(slots):
-            done = len(slots) - len(left)
-            late = bool(done) and ends is not None and time.monotonic() > ends
-            trial = None if late else ledger.ask(slots, given)
-            if trial is not None:
-                with ledger.at_work(trial):
-                    run(trial)
-            elif others := ledger.others():  # the winner is chosen among all trials, theirs too
-                self.wait(phase, len(others), done, len(slots))
-            elif late:
-                break
 
     def begin(self, ledger: Study, wanted: int) -> None:
         """Tell that trials are next."""
         self.subject.tell("trials", len(ledger.finished()), wanted, best=_best(ledger))
 
-    def wait(self, phase: Phase, others: int, done: int, wanted: int) -> None:
-        """Leave other workers time to end their trials; tell so once for each that ends."""
-        if (phase, done) != self._waited:
-            self._waited = phase, done
-            self.subject.tell(phase, done, wanted, f"waiting for other workers, which run {others}")
-        time.sleep(_PATIENCE)
+    def _waits(self, phase: Phase, wanted: int) -> Callable[[int, int], None]:
+        """Return what tells that other workers' trials are waited for."""
+        return lambda others, done: self.subject.tell(
+            phase, done, wanted, f"waiting for other workers, which run {others}"
+        )
 
     def trial(self, ledger: Study, trial: Trial, wanted: int) -> None:
         """Run one trial to its end."""
