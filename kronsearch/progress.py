@@ -12,6 +12,7 @@ Phase = Literal[
     "calibrate",
     "tables",
     "sensitivity",
+    "context",
     "latency",
     "budgets",
     "trials",

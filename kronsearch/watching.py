@@ -22,6 +22,7 @@ _PHASES: "dict[Phase, str]" = {
     "calibrate": "gathering statistics of activations",
     "tables": "error tables of layers",
     "sensitivity": "sensitivities of layers",
+    "context": "contributions of layers",
     "latency": "timing candidates",
     "budgets": "budgets",
     "trials": "trials",
@@ -106,7 +107,8 @@ class SearchView:
         """Return what there is to tell besides the phase and the count, in parts."""
         told = []
         if progress.best is not None:
-            told.append(f"best {progress.best:.4f}")
+            trials = progress.phase == "trials"
+            told.append(f"least divergence {progress.best:.4g}" if trials else f"best {progress.best:.4f}")
         for name, cost, written, dense in (
             ("MACs", progress.macs, self._limits[0], self._dense[0]),
             ("params", progress.params, self._limits[1], self._dense[1]),

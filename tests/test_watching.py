@@ -69,10 +69,10 @@ def test_a_line_tells_best_budget_and_time_left(stream, clock):
     watch = view(stream, clock)
     watch(Progress(phase="trials", done=7, total=20))
     clock.now = 60
-    watch(Progress(phase="trials", done=9, total=20, best=0.98, macs=900, params=55, message="done"))
+    watch(Progress(phase="trials", done=9, total=20, best=0.0123, macs=900, params=55, message="done"))
     # two trials in 60 seconds: eleven more take 330
     assert stream.getvalue().splitlines()[1] == (
-        "trials 9/20: best 0.9800, MACs 900 of 1 k (90.0%), params 55, 5m30s left, done"
+        "trials 9/20: least divergence 0.0123, MACs 900 of 1 k (90.0%), params 55, 5m30s left, done"
     )
 
 
@@ -115,7 +115,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(stream, clock):
         watch(Progress(phase="trials", done=1, total=2, best=0.5, message="[bold]"))
     text = stream.getvalue()
     assert "trials" in text
-    assert "best 0.5000, [bold]" in text
+    assert "least divergence 0.5, [bold]" in text
     assert text.endswith("\x1b[2K")  # the line is erased at the end
 
 

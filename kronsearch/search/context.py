@@ -16,6 +16,7 @@ from kronsearch.models.shelf import Shelf
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.score import Scorer
 from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import train_inputs
 from kronsearch.training.distillation import softened_divergence
@@ -60,9 +61,8 @@ class Context:
         """
         for done in range(_ROUNDS):
             self.tell(done, _ROUNDS)
-            allocation = problem.allocate(Weighing(context=1.0))
-            found = self._contributions(problem, allocation.chosen)
-            problem = replace(problem, context=_refined(problem, allocation.chosen, found))
+            chosen = problem.allocate(Weighing(context=1.0)).chosen
+            problem = replace(problem, context=_refined(problem, chosen, self._contributions(problem, chosen)))
         self.tell(_ROUNDS, _ROUNDS)
         return problem
 
@@ -74,83 +74,101 @@ class Context:
             if (spec := layer.spec(index)) is not None
         }
         images = min(max(_WORK // max(1, _RUNS * self.macs), _IMAGES[0]), _IMAGES[1])
-        settings = self.scorer.settings
-        plan = hashlib.sha256(repr(sorted(specs.items())).encode()).hexdigest()
-        key = {**self.origin, "plan": plan, "runs on": images, "batch norms": settings.batchnorm_images}
+        key = {
+            **self.origin,
+            "plan": hashlib.sha256(repr(sorted(specs.items())).encode()).hexdigest(),
+            "task": type(self.scorer.data.task).__qualname__,
+            "runs on": images,
+        }
         kept = self.shelf.get("context", key)
         if kept is not None and set(kept) == set(specs) and all(found.numel() == 1 for found in kept.values()):
             return {name: float(found) for name, found in kept.items()}
-        generator = stream(settings.seed, _CONTEXT)
-        found = contributions(self.scorer, self.scorer.build(specs), images, generator)
-        self.shelf.put("context", key, {name: torch.tensor(value).double() for name, value in found.items()})
+        found = contributions(self.scorer, specs, images, stream(self.scorer.settings.seed, _CONTEXT))
+        self.shelf.put(
+            "context", key, {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+        )
         return found
 
 
-def contributions(scorer: Scorer, small: nn.Module, images: int, generator: torch.Generator) -> dict[str, float]:
-    """Return what each factorised layer contributes to the divergence of a network from the dense one.
+def contributions(
+    scorer: Scorer, specs: Mapping[str, SeKronSpec], images: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Return what each replaced layer contributes to the divergence of a network from the dense one.
 
     As far as the divergence D is a quadratic form of the errors of all kernels, it is half the sum over layers of the
-    products of its gradient with their errors, ½ Σ ⟨∂D/∂Ŵ_l, Ŵ_l − W_l⟩ (Euler's theorem on homogeneous functions), and
-    a layer's term is what it contributes, its share in what pairs of layers do together included. Of ResNet-20 at a
-    third of its MACs the terms add up to 0.79 where D is 0.79, at a fifth of its parameters to 2.5 where it is 2.3.
-    One pass over the images gives all of them.
+    products of its gradient with their errors, ½ Σ ⟨∂D/∂Ŵ_l, Ŵ_l − W_l⟩ (Euler's theorem on homogeneous functions),
+    and a layer's term is what it contributes, its share in what pairs of layers do together included. The error of a
+    bias that makes up for a change of the mean is a part of it. Of ResNet-20 at a third of its MACs the terms add up to
+    0.79 where D is 0.79, at a fifth of its parameters to 2.5 where it is 2.3. One pass over the images gives all.
 
     Args:
-        scorer: that built the network.
-        small: the network.
-        images: about how many training images it is run on, augmented as in training; batch norms take their
-            statistics from the batch, as the dense network's do then.
+        scorer: factorises layers, and knows the dense network and its data.
+        specs: of the layers that are replaced.
+        images: about how many training images are run, augmented as in training; batch norms take their statistics from
+            the batch, in both networks.
         generator: of these images.
     """
     device, task = scorer.device, scorer.data.task
     precision = precision_for(device)
     dense = copy.deepcopy(scorer.dense)
-    layers = {
-        name: _as_dense(dense.get_submodule(name), layer)
-        for name, layer in small.named_modules()
-        if isinstance(layer, SeKronLayer)
-    }
-    network = replace_layers(small, layers).requires_grad_(False)
-    kernels = {name: network.get_parameter(f"{name}.weight").requires_grad_() for name in layers}
-    gradients = {name: torch.zeros_like(kernel) for name, kernel in kernels.items()}
+    layers = {name: _as_dense(dense.get_submodule(name), scorer.layer(name, spec)) for name, spec in specs.items()}
+    network = replace_layers(dense, layers).requires_grad_(False)
+    changed = [  # of each layer, as in the network and as in the dense one
+        (name, ours.requires_grad_(), theirs.detach())
+        for name, layer in layers.items()
+        for ours, theirs in zip(layer.parameters(), dense.get_submodule(name).parameters(), strict=True)
+    ]
+    gradients = [torch.zeros_like(ours) for _, ours, _ in changed]
     seen = 0
     with batch_statistics(network), batch_statistics(dense):
-        for batch in train_inputs(scorer.data, min(_BATCH, images), images, generator=generator, device=device):
+        for batch in train_inputs(scorer.data, _BATCH, images, generator=generator, device=device):
             with torch.no_grad():
                 wanted = forward(dense, batch, precision)
             divergence = softened_divergence(forward(network, batch, precision), wanted, task, TEMPERATURE)
-            found: tuple[Tensor, ...] = torch.autograd.grad(divergence * len(batch), list(kernels.values()))
-            for gradient, own in zip(gradients.values(), found, strict=True):
+            found: tuple[Tensor, ...] = torch.autograd.grad(
+                len(batch) * divergence,
+                [ours for _, ours, _ in changed],
+                allow_unused=True,  # the output of a layer may not reach that of the network, or not by a gradient
+                materialize_grads=True,
+            )
+            for gradient, own in zip(gradients, found, strict=True):
                 gradient += own
             seen += len(batch)
+    terms = dict.fromkeys(specs, 0.0)
     with torch.no_grad():
-        errors = {name: kernel - dense.get_parameter(f"{name}.weight") for name, kernel in kernels.items()}
-    return {name: float((gradients[name] * error).sum()) / (2 * seen) for name, error in errors.items()}
+        for (name, ours, theirs), gradient in zip(changed, gradients, strict=True):
+            terms[name] += float((gradient * (ours - theirs)).sum()) / (2 * seen)
+    return terms
 
 
 def _as_dense(layer: nn.Module, factorised: SeKronLayer) -> nn.Module:
-    """Return a dense layer with the kernel and the bias of a factorised one."""
+    """Return a copy of a dense layer with the kernel and the bias of its factorised one."""
     made = copy.deepcopy(layer)
     made.register_parameter("weight", nn.Parameter(factorised.kernel.detach().clone()))
-    made.register_parameter("bias", factorised.bias)
+    if factorised.bias is not None:
+        made.register_parameter("bias", nn.Parameter(factorised.bias.detach().clone()))
     return made
 
 
 def _refined(problem: Problem, chosen: Sequence[int], found: Mapping[str, float]) -> dict[str, float]:
     """Return the logarithmic importances of layers in context, a step nearer to what was found of these candidates.
 
-    Layers that are dense, exact, or of a contribution that isn't finite stay as they were.
+    Layers that are dense or exact, or of which nothing finite was found, stay as they were, and so do those that are
+    expected to contribute next to nothing and do.
     """
-    known = {name: value for name, value in found.items() if math.isfinite(value)}
+    expected = {
+        layer.name: float(problem.weighed(layer, Weighing(context=1.0))[index])
+        for layer, index in zip(problem.candidates, chosen, strict=True)
+    }
+    known = [name for name, value in found.items() if math.isfinite(value) and expected[name] > 0]
     if not known:
         return dict(problem.context)
-    least = max(_LEAST * sum(map(abs, known.values())) / len(known), 1e-30)
-    off = {}
-    for layer, index in zip(problem.candidates, chosen, strict=True):
-        expected = problem.weighed(layer, Weighing(context=1.0))[index]
-        if layer.name in known and expected > 0:
-            off[layer.name] = math.log(max(known[layer.name], least) / expected)
-    usual = statistics.median(off.values()) if off else 0.0
+    usual = statistics.median(found[name] / expected[name] for name in known)
+    least = _LEAST * statistics.fmean(abs(found[name]) for name in known)
+    if usual <= 0 or least == 0:
+        return dict(problem.context)
     return dict(problem.context) | {
-        name: problem.context.get(name, 0.0) + _STEP * (ratio - usual) for name, ratio in off.items()
+        name: problem.context.get(name, 0.0)
+        + _STEP * math.log(max(found[name], least) / max(usual * expected[name], least))
+        for name in known
     }

@@ -55,12 +55,16 @@ class Finals:
 
     @property
     def slots(self) -> list[str]:
-        """The digests of the finalists, as the trials stand."""
-        if self._trials.objectives > 1:
-            return [trial.user_attrs[DIGEST] for trial in self._trials.front()]
-        best = dict.fromkeys(trial.user_attrs[DIGEST] for trial in self._trials.ranked())
-        plain = [digest for trial in self._trials.ended() if (digest := _plain(trial)) is not None]
-        return [*plain, *[digest for digest in best if digest not in plain][:_BEST]]
+        """The digests of the finalists, as the trials stand; those that diverged have left their places to others."""
+        several = self._trials.objectives > 1
+        diverged = {trial.user_attrs[SLOT] for trial in self.ledger.finished()}
+        diverged -= {trial.user_attrs[SLOT] for trial in self.ledger.ended()}
+        best = [*(self._trials.front() if several else self._trials.ranked())]
+        left = [digest for digest in dict.fromkeys(map(_digest, best)) if digest not in diverged]
+        if several:
+            return left
+        plain = [each for each in map(_digest, filter(_is_plain, self._trials.ended())) if each in left]
+        return [*plain, *[digest for digest in left if digest not in plain][:_BEST]]
 
     def finalists(self) -> list[Finalist]:
         """Return all that were measured here and came to their end, with fewer trials too; of twins the first."""
@@ -117,9 +121,13 @@ class Finals:
         return self._sign * float(measured.user_attrs[SCORE])
 
 
-def _plain(trial: FrozenTrial) -> str | None:
-    """Return the digest of the plain allocation's trial, None for another one."""
-    return str(trial.user_attrs[DIGEST]) if trial.user_attrs[SLOT] == PLAIN else None
+def _digest(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs[DIGEST])
+
+
+def _is_plain(trial: FrozenTrial) -> bool:
+    """Tell whether a trial is the plain allocation's."""
+    return bool(trial.user_attrs[SLOT] == PLAIN)
 
 
 def _error(measured: FrozenTrial) -> float:

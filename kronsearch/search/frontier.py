@@ -119,8 +119,9 @@ class _FrontWork(Work):
         """What must be the same when a study is resumed."""
         return super().identity | {"budget": str(self._span), "objective": "divergence and cost"}
 
-    def set_problem(self) -> None:
+    def set_problem(self, trials: int) -> None:
         """Measure, decompose, and set what the trials are about."""
+        del trials
         self.set_tables()  # latency is looked at for each budget
         self.decoder = _Alike(self.plain)
 

@@ -121,9 +121,9 @@ def search(
         study: its name in the storage, `kronsearch` by default; `NAME finals` is the study of its finals.
         out: folder for `plan.json`, `compressed.safetensors`, `trials.csv`, `final/` (and `study.db`); without it the
             state of the final fine-tune goes to a temporary folder, and the rest nowhere.
-        cache: folder for the statistics of activations and the error tables, which any search of the same weights, data
-            and seed takes from there, and for what was timed; by default `cache` in `out`, or none where there is no
-            `out`.
+        cache: folder for the statistics of activations, the error tables and the sensitivities, which any search of the
+            same weights, data and seed takes from there, and for contributions and what was timed; by default `cache`
+            in `out`, or none where there is no `out`.
         input_shape: of one example; by default the data's.
         device: to run on.
         seed: of everything random.

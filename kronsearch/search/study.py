@@ -20,7 +20,6 @@ from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new
 
 __all__ = [
     "DIGEST",
-    "FINISHED",
     "OBJECTIVE",
     "OVER",
     "PLAN",
@@ -34,7 +33,7 @@ __all__ = [
     "save_table",
 ]
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLAN, DIGEST, SCORE, OVER = "plan", "digest", "score", "over"
 OBJECTIVE = "divergence from the dense network"
 _IDENTITY = "identity"
@@ -120,7 +119,7 @@ class Study:
 
     def finished(self) -> list[FrozenTrial]:
         """Return the finished trials, those that can't win among them, in the order of their numbers."""
-        return self._study.get_trials(deepcopy=False, states=FINISHED)
+        return self._study.get_trials(deepcopy=False, states=_FINISHED)
 
     def ended(self) -> list[FrozenTrial]:
         """Return the finished trials that can win, in the order of their numbers."""
@@ -199,7 +198,7 @@ class Study:
             system_attrs={} if given is None else {GIVEN: dict(given)},
         )
         self._study.add_trial(claim)
-        states = (*FINISHED, TrialState.RUNNING)
+        states = (*_FINISHED, TrialState.RUNNING)
         rivals = [t for t in self._study.get_trials(deepcopy=False, states=states) if t.user_attrs.get(SLOT) == slot]
         mine = next(t for t in rivals if t.state is TrialState.RUNNING and t.user_attrs.get(WORKER) == self._me)
         if any(rival.number < mine.number for rival in rivals):

@@ -130,14 +130,16 @@ class Subject:
             candidates, lambda done, name: self.tell("sensitivity", done, len(candidates), name)
         )
 
-    def context(self, prepared: Prepared, scorer: Scorer) -> Context:
-        """Return what measures how much layers matter in the network of a plan."""
+    def context(self, prepared: Prepared, scorer: Scorer) -> Context | None:
+        """Return what measures how much layers matter in a plan's network; None where sensitivities aren't measured."""
+        if self._sensitivity != "measured":
+            return None
         return Context(
             scorer,
             self.cost.macs,
             prepared.origin or {},
             self._shelf,
-            lambda done, total: self.tell("sensitivity", done, total, "in context" * (done < total)),
+            lambda done, total: self.tell("context", done, total),
         )
 
     def stopwatch(self, setting: Setting) -> Stopwatch:

@@ -35,7 +35,7 @@ from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 4  # of how trials and finalists are measured: those of another can't be compared
+_REVISION = 5  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 
 
@@ -131,12 +131,13 @@ class Work:
             make_folder(folder)
         return ledger
 
-    def set_problem(self) -> None:
-        """Measure, decompose, and set what the trials are about."""
+    def set_problem(self, trials: int) -> None:
+        """Measure, decompose, and set what so many trials are about; a single one is plain and needs no context."""
         prepared = self.set_tables()
         self.problem = self.pace.problem(self.plain)
-        if self._scorer is not None:
-            self.problem = self.subject.context(prepared, self._scorer).known(self.problem)
+        if self._scorer is not None and trials > 1:
+            context = self.subject.context(prepared, self._scorer)
+            self.problem = self.problem if context is None else context.known(self.problem)
 
     def set_tables(self) -> Prepared:
         """Measure, decompose, and set what the trials would be about if latency and context were of no account."""
@@ -175,7 +176,7 @@ class Work:
         if not ledger.left(range(wanted)):
             self.begin(ledger, wanted)
             return
-        self.set_problem()
+        self.set_problem(wanted)
         self.begin(ledger, wanted)
 
         def run(trial: Trial) -> None:

@@ -5,6 +5,8 @@ python plans.py MODEL WEIGHTS CIFAR10_DIR BUDGET COUNT OUT
 Writes OUT/NN.safetensors, to be fine-tuned for long, and OUT/scores.csv: predicted error, and accuracy and divergence
 from the dense network, with batch norms re-estimated (on training images) and after the proxy fine-tune (on the
 validation split). The first is the plain allocation.
+Weighings are drawn from bounds that are wider than those of searches today, as these had them when the plans were made
+that `plans.csv` tells of.
 """
 
 import sys
@@ -15,12 +17,21 @@ import pandas as pd
 
 import kronsearch as ks
 from kronsearch.models.apply import save_compressed
-from kronsearch.search.decode import Problem
-from kronsearch.search.decoders import Allocate
+from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.draft import Draft
 from kronsearch.search.score import Scorer
 from kronsearch.search.space import load_space
 from kronsearch.search.subject import Subject
+
+
+def drawn(trial: optuna.Trial, problem: Problem) -> Weighing:
+    """Return a weighing that is drawn at random."""
+    return Weighing(
+        trust=trial.suggest_float("trust", 0.0, 1.0),
+        curvature=trial.suggest_float("curvature", 0.6, 1.4),
+        importance={group: trial.suggest_float(f"importance/{group}", -1.0, 1.0) for group in problem.groups},
+        price={kind: trial.suggest_float(f"price/{kind}", -0.7, 0.7) for kind in problem.structures},
+    )
 
 
 def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path) -> None:
@@ -35,10 +46,10 @@ def main(spec: str, weights: str, folder: str, flops: str, count: int, out: Path
     draft = Draft(load_space("default"), budget, subject.settings, 0, spec)
     out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    study.enqueue_trial(dict(Allocate().given(problem)(0) or {}))
     rows: list[dict[str, object]] = []
     while len(rows) < count:
-        plan = draft.plan(problem, problem.allocate(Allocate().suggest(study.ask(), problem)))
+        trial = study.ask()
+        plan = draft.plan(problem, problem.allocate(drawn(trial, problem) if rows else Weighing()))
         small = scorer.build(plan.replaced)
         save_compressed(small, plan, out / f"{len(rows):02d}.safetensors")
         settled = scorer.settled(small)

@@ -144,7 +144,9 @@ class Bench:
         if arm in SEARCHED or arm == "context":
             began, scorer = time.process_time(), work.scorer()
             assert scorer is not None
-            work.problem = subject.context(self.prepared, scorer).known(work.problem)
+            context = subject.context(self.prepared, scorer)
+            assert context is not None
+            work.problem = context.known(work.problem)
             print(f"seed {self.seed}: context {time.process_time() - began:.0f} s of CPU", flush=True)
         return work
 
@@ -187,7 +189,7 @@ class Bench:
         table.to_csv(folder / "trials.csv", index=False)
         told = {
             "trials": len(table),
-            "over": int((table["state"] != "complete").sum()),
+            "failed": int((table["state"] != "complete").sum()),
             "first": first.user_attrs["slot"],  # before the finals
             "winner": best.user_attrs["slot"],
             "search_seconds": round(took, 1),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from kronsearch.budget import Limits
 from kronsearch.models.apply import replace_layers
@@ -14,7 +15,7 @@ from kronsearch.search.context import Context, contributions
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.pace import specs_of
 from kronsearch.search.score import Scorer
-from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import train_inputs
 from kronsearch.training.distillation import softened_divergence
@@ -61,28 +62,70 @@ def scaled(scorer, small, scales):
 
 def test_a_layers_contribution_is_half_the_slope_along_its_error_and_all_add_up_to_the_divergence(problem, scorer):
     looser = replace(problem, limits=Limits(problem.cost.macs * 7 // 10, None))
-    small = scorer.build(specs_of(looser.candidates, looser.allocate(Weighing())))
-    names = [name for name, layer in small.named_modules() if isinstance(layer, SeKronLayer)]
-    found = contributions(scorer, small, IMAGES, torch.Generator().manual_seed(3))
-    assert list(found) == names
-    assert len(names) > 1
+    specs = specs_of(looser.candidates, looser.allocate(Weighing()))
+    small = scorer.build(specs)
+    found = contributions(scorer, specs, IMAGES, torch.Generator().manual_seed(3))
+    assert list(found) == list(specs)
+    assert len(specs) > 1
     step = 0.05
-    for name in names:
+    for name in specs:
         above, below = (
-            divergence(scorer, scaled(scorer, small, dict.fromkeys(names, 1.0) | {name: 1 + change}))
+            divergence(scorer, scaled(scorer, small, dict.fromkeys(specs, 1.0) | {name: 1 + change}))
             for change in (step, -step)
         )
         assert found[name] == pytest.approx((above - below) / (4 * step), rel=0.05, abs=1e-3)
-    whole = divergence(scorer, scaled(scorer, small, dict.fromkeys(names, 1.0)))
+    whole = divergence(scorer, scaled(scorer, small, dict.fromkeys(specs, 1.0)))
     assert sum(found.values()) == pytest.approx(whole, rel=0.2)  # it is nearly a quadratic form
 
 
-def test_neither_network_is_changed(problem, scorer):
-    small = scorer.build(specs_of(problem.candidates, problem.allocate(Weighing())))
-    before = [copy.deepcopy(network.state_dict()) for network in (small, scorer.dense)]
-    contributions(scorer, small, IMAGES, torch.Generator().manual_seed(3))
-    for network, state in zip((small, scorer.dense), before, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+def test_the_error_of_a_bias_is_its_layers(digits_data):
+    """Two linear layers side by side: the divergence is of the sum of their outputs, which a bias shifts."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 10), nn.Linear(64, 10)
+
+        def forward(self, images):
+            return self.a(images.flatten(1)) + self.b(images.flatten(1))
+
+    torch.manual_seed(0)
+    net = Sum()
+    scorer = Scorer(net, digits_data, {}, Decomposition(batchnorm_images=0), "cpu")
+    spec = SeKronSpec(((10, 1), (1, 64)), (8,))
+    plain = contributions(scorer, {"a": spec}, IMAGES, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        scorer.layer("a", spec).bias[0] += 1.0
+    shifted = contributions(scorer, {"a": spec}, IMAGES, torch.Generator().manual_seed(3))
+    assert shifted["a"] > 2 * plain["a"] > 0
+
+
+def test_a_layer_whose_output_does_not_reach_the_networks_contributes_nothing(digits_data):
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.last = nn.Linear(64, 2), nn.Linear(64, 10)
+
+        def forward(self, images):
+            flat = images.flatten(1)
+            return self.last(flat) * (1 + self.router(flat).argmax(1, keepdim=True))
+
+    scorer = Scorer(Routed(), digits_data, {}, Decomposition(batchnorm_images=0), "cpu")
+    specs = {"router": SeKronSpec(((2, 1), (1, 64)), (1,)), "last": SeKronSpec(((10, 1), (1, 64)), (4,))}
+    found = contributions(scorer, specs, IMAGES, torch.Generator().manual_seed(3))
+    assert found["router"] == 0
+    assert found["last"] > 0
+
+
+def test_neither_the_dense_network_nor_the_layers_that_are_kept_are_changed(problem, scorer):
+    specs = specs_of(problem.candidates, problem.allocate(Weighing()))
+    kept = {name: scorer.layer(name, spec) for name, spec in specs.items()}
+    before = copy.deepcopy((scorer.dense.state_dict(), {name: layer.state_dict() for name, layer in kept.items()}))
+    contributions(scorer, specs, IMAGES, torch.Generator().manual_seed(3))
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in scorer.dense.state_dict().items())
+    for name, layer in kept.items():
+        assert all(torch.equal(tensor, before[1][name][key]) for key, tensor in layer.state_dict().items())
+        assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 class Counted:
@@ -91,8 +134,8 @@ class Counted:
     def __init__(self, found):
         self.found, self.runs = found, []
 
-    def __call__(self, scorer, small, images, generator):
-        self.runs.append({name for name, layer in small.named_modules() if isinstance(layer, SeKronLayer)})
+    def __call__(self, scorer, specs, images, generator):
+        self.runs.append(set(specs))
         assert images == 2_048
         return {name: self.found(name) for name in self.runs[-1]}
 
@@ -113,7 +156,7 @@ def test_after_two_rounds_of_the_same_the_logarithm_is_one_minus_the_square_of_w
     odd = problem.candidates[2].name
     rounds = []
 
-    def measure(scorer, small, images, generator):
+    def measure(scorer, specs, images, generator):
         current = problem if not rounds else rounds[-1]
         chosen = current.allocate(Weighing(context=1.0)).chosen
         return {
@@ -143,12 +186,35 @@ def test_what_is_not_finite_changes_nothing_and_what_is_negative_little(problem,
     found = known(scorer, problem, Counted(lambda name: math.nan), monkeypatch)
     assert found.context == {}
     names = [layer.name for layer in problem.candidates]
-    found = known(scorer, problem, Counted(lambda name: -1.0 if name == names[0] else 1.0), monkeypatch)
-    assert all(math.isfinite(value) for value in found.context.values())
+    found = known(scorer, problem, Counted(lambda name: -1.0 if name == names[2] else 1.0), monkeypatch)
+    assert all(abs(value) < 3 for value in found.context.values())
+
+
+def test_what_is_expected_to_contribute_next_to_nothing_and_does_is_no_more_important(problem, scorer, monkeypatch):
+    first = problem.allocate(Weighing()).chosen
+    tiny = problem.candidates[2].name
+    error = problem.candidates[2].error.copy()
+    error[first[2]] = 1e-15
+    exact = replace(
+        problem,
+        candidates=[*problem.candidates[:2], replace(problem.candidates[2], error=error), *problem.candidates[3:]],
+    )
+
+    def measure(scorer, specs, images, generator):
+        chosen = exact.allocate(Weighing()).chosen
+        return {
+            layer.name: float(exact.weighed(layer, Weighing())[index])
+            for layer, index in zip(exact.candidates, chosen, strict=True)
+            if layer.name in specs
+        }
+
+    found = known(scorer, exact, measure, monkeypatch)
+    assert found.context[tiny] == 0
+    assert max(map(abs, found.context.values())) < 1e-6
 
 
 def test_what_was_measured_is_taken_from_the_shelf(problem, scorer, monkeypatch, tmp_path):
-    measure = Counted(lambda name: 1.0)
+    measure = Counted(lambda name: 0.1 / 3)
     first = known(scorer, problem, measure, monkeypatch, Shelf(tmp_path))
     ran = len(measure.runs)
     assert 1 <= ran <= 2  # the plan of the second round may be that of the first
@@ -160,7 +226,7 @@ def test_what_was_measured_is_taken_from_the_shelf(problem, scorer, monkeypatch,
 def test_on_a_large_network_it_is_measured_on_fewer_images(problem, scorer, monkeypatch):
     seen = []
 
-    def measure(scorer, small, images, generator):
+    def measure(scorer, specs, images, generator):
         seen.append(images)
         return {}
 

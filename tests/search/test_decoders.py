@@ -109,7 +109,7 @@ def test_every_candidate_of_a_front_is_at_its_own_place(problem):
 
 def test_direct_begins_with_plans_that_keep_the_budget_and_are_no_worse_than_the_plain_ones(problem, pace):
     given = Direct().given(problem)
-    for slot, trust in enumerate((0.5, 1.0, 0.0)):
+    for slot, trust in enumerate((0.5, 0.75, 0.25)):
         (allocation, latency), trial = told(Direct(), problem, pace, given(slot))
         assert latency is None
         assert problem.bounds.hold(**allocation.costs)

@@ -160,6 +160,15 @@ def test_where_all_finalists_diverge_nobody_wins(finals_of):
     finals = finals_of(("plain", 0.9), ("a", 0.4))
     play(finals, Told((0.5, math.nan), (0.5, math.nan)))
     assert finals.winner() is None
+    assert finals.slots == []
+
+
+def test_those_that_diverge_leave_their_places_to_the_next_best(finals_of):
+    finals = finals_of(("plain", 0.9), *[(name, 0.1 * place) for place, name in enumerate("abcdef", start=1)])
+    told = play(finals, Told((0.5, math.nan), (0.5, math.nan), *[(0.5, 0.5)] * 4))
+    assert told[:2] == ["trial 0 diverged", "trial 1 diverged"]
+    assert len(told) == 6
+    assert finals.slots == ["b", "c", "d", "e"]
 
 
 def test_finals_are_resumed_and_more_trials_bring_only_new_finalists(finals_of, opened):

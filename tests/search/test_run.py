@@ -189,7 +189,7 @@ def test_the_summary_and_the_times_are_of_the_trials(found):
     assert summary.plain_divergence == result.trials["tuned_divergence"][0]
     assert summary.finalists == result.trials["digest"].nunique() > 1
     tuned = {"trials", "finalists", "final"}
-    assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "test", *tuned}
+    assert set(result.seconds) == {"profile", "calibrate", "tables", "sensitivity", "context", "test", *tuned}
     assert 0 < result.tuning < sum(result.seconds[phase] for phase in tuned)
 
 
@@ -210,7 +210,10 @@ def test_the_winner_is_chosen_among_finalists_that_a_fine_tune_brings_nearer(fou
 def test_every_phase_is_told_in_order(found):
     _, told = found
     phases = list(dict.fromkeys(step.phase for step in told))
-    assert phases == ["profile", "calibrate", "tables", "sensitivity", "trials", "finalists", "final", "test"]
+    assert phases == [
+        *("profile", "calibrate", "tables", "sensitivity", "context"),
+        *("trials", "finalists", "final", "test"),
+    ]
     assert [step.done for step in told if step.phase == "finalists"] == list(range(found[0].summary.finalists + 1))
     trials = [step for step in told if step.phase == "trials"]
     assert [step.done for step in trials] == [0, 1, 2, 3, 4]
