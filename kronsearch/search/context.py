@@ -1,10 +1,9 @@
 """How much layers matter in the network of the plain plan, beside what each of them does alone."""
 
 import copy
-import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 
 from kronsearch.models.apply import replace_layers, stream
 from kronsearch.models.shelf import Shelf
+from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.pace import specs_of
 from kronsearch.search.score import Scorer
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.spec import SeKronSpec
@@ -61,22 +62,18 @@ class Context:
         """
         for done in range(_ROUNDS):
             self.tell(done, _ROUNDS)
-            chosen = problem.allocate(Weighing(context=1.0)).chosen
-            problem = replace(problem, context=_refined(problem, chosen, self._contributions(problem, chosen)))
+            allocation = problem.allocate(Weighing(context=1.0))
+            found = self._contributions(specs_of(problem.candidates, allocation))
+            problem = replace(problem, context=_refined(problem, allocation, found))
         self.tell(_ROUNDS, _ROUNDS)
         return problem
 
-    def _contributions(self, problem: Problem, chosen: Sequence[int]) -> dict[str, float]:
-        """Return what the layers of these candidates contribute, from the shelf if it was measured before."""
-        specs = {
-            layer.name: spec
-            for layer, index in zip(problem.candidates, chosen, strict=True)
-            if (spec := layer.spec(index)) is not None
-        }
+    def _contributions(self, specs: Mapping[str, SeKronSpec]) -> dict[str, float]:
+        """Return what layers that become these contribute, from the shelf if it was measured before."""
         images = min(max(_WORK // max(1, _RUNS * self.macs), _IMAGES[0]), _IMAGES[1])
         key = {
             **self.origin,
-            "plan": hashlib.sha256(repr(sorted(specs.items())).encode()).hexdigest(),
+            "specs": repr(sorted(specs.items())),
             "task": type(self.scorer.data.task).__qualname__,
             "runs on": images,
         }
@@ -150,15 +147,15 @@ def _as_dense(layer: nn.Module, factorised: SeKronLayer) -> nn.Module:
     return made
 
 
-def _refined(problem: Problem, chosen: Sequence[int], found: Mapping[str, float]) -> dict[str, float]:
-    """Return the logarithmic importances of layers in context, a step nearer to what was found of these candidates.
+def _refined(problem: Problem, allocation: Allocation, found: Mapping[str, float]) -> dict[str, float]:
+    """Return the logarithmic importances of layers in context, a step nearer to what was found of an allocation.
 
     Layers that are dense or exact, or of which nothing finite was found, stay as they were, and so do those that are
     expected to contribute next to nothing and do.
     """
     expected = {
         layer.name: float(problem.weighed(layer, Weighing(context=1.0))[index])
-        for layer, index in zip(problem.candidates, chosen, strict=True)
+        for layer, index in zip(problem.candidates, allocation.chosen, strict=True)
     }
     known = [name for name, value in found.items() if math.isfinite(value) and expected[name] > 0]
     if not known:

@@ -59,16 +59,18 @@ class Finals:
         several = self._trials.objectives > 1
         diverged = {trial.user_attrs[SLOT] for trial in self.ledger.finished()}
         diverged -= {trial.user_attrs[SLOT] for trial in self.ledger.ended()}
-        best = [*(self._trials.front() if several else self._trials.ranked())]
-        left = [digest for digest in dict.fromkeys(map(_digest, best)) if digest not in diverged]
+        best = self._trials.front() if several else self._trials.ranked()
+        left = [
+            digest for digest in dict.fromkeys(trial.user_attrs[DIGEST] for trial in best) if digest not in diverged
+        ]
         if several:
             return left
-        plain = [each for each in map(_digest, filter(_is_plain, self._trials.ended())) if each in left]
-        return [*plain, *[digest for digest in left if digest not in plain][:_BEST]]
+        plain = {trial.user_attrs[DIGEST] for trial in best if trial.user_attrs[SLOT] == PLAIN}
+        return [*(each for each in left if each in plain), *[each for each in left if each not in plain][:_BEST]]
 
     def finalists(self) -> list[Finalist]:
         """Return all that were measured here and came to their end, with fewer trials too; of twins the first."""
-        owners = {trial.user_attrs[DIGEST]: trial for trial in reversed(self._trials.ended())}
+        owners = self._owners()
         return [  # what has no owner is of a study that is there no more
             Finalist(owner, final)
             for final in self.ledger.ended()
@@ -103,7 +105,7 @@ class Finals:
             scorer: of the search.
             seed: of the fine-tune.
         """
-        owner = next(t for t in self._trials.ended() if t.user_attrs[DIGEST] == trial.user_attrs[SLOT])
+        owner = self._owners()[trial.user_attrs[SLOT]]
         value = tune(trial, plan_of(owner), scorer, seed=seed)
         self.ledger.tell(trial, *(() if value is None else (value,)))
         return f"trial {owner.number} {outcome(trial, value)}"
@@ -117,17 +119,12 @@ class Finals:
         finals = finals.set_index(SLOT).reindex(columns=["state", *_TOLD])
         return table.join(finals.add_prefix(TUNED), on=DIGEST)
 
+    def _owners(self) -> dict[str, FrozenTrial]:
+        """Return the first trial of each plan, by its digest."""
+        return {trial.user_attrs[DIGEST]: trial for trial in reversed(self._trials.ended())}
+
     def _merit(self, measured: FrozenTrial) -> float:
         return self._sign * float(measured.user_attrs[SCORE])
-
-
-def _digest(trial: FrozenTrial) -> str:
-    return str(trial.user_attrs[DIGEST])
-
-
-def _is_plain(trial: FrozenTrial) -> bool:
-    """Tell whether a trial is the plain allocation's."""
-    return bool(trial.user_attrs[SLOT] == PLAIN)
 
 
 def _error(measured: FrozenTrial) -> float:

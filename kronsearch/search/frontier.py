@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from optuna.trial import Trial
@@ -18,6 +19,7 @@ from kronsearch.files import make_folder, replacing
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.allocate import Allocation
+from kronsearch.search.candidates import pareto
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
@@ -251,12 +253,9 @@ def search_front(
 
 def _unbeaten(finalists: list[Finalist], cost: str) -> list[Finalist]:
     """Return those that diverge less than all that cost no more, from the least cost to the most."""
-    left = sorted(finalists, key=lambda each: (each.trial.user_attrs[cost], objective_of(each.measured)))
-    front: list[Finalist] = []
-    for each in left:
-        if not front or (objective_of(each.measured) or 0.0) < (objective_of(front[-1].measured) or 0.0):
-            front.append(each)
-    return front
+    costs = np.array([each.trial.user_attrs[cost] for each in finalists])
+    front = pareto([costs], np.array([objective_of(each.measured) for each in finalists]))
+    return [finalists[index] for index in front[np.argsort(costs[front])]]
 
 
 def _point(finalist: Finalist, study: str, data: Data) -> ScoredPoint:

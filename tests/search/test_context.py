@@ -167,8 +167,8 @@ def test_after_two_rounds_of_the_same_the_logarithm_is_one_minus_the_square_of_w
 
     refine = module._refined
 
-    def kept(problem, chosen, found):
-        context = refine(problem, chosen, found)
+    def kept(problem, allocation, found):
+        context = refine(problem, allocation, found)
         rounds.append(Problem(**vars(problem) | {"context": context}))
         return context
 
