@@ -14,6 +14,7 @@ from kronsearch.models.apply import replace_layers, stream
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
+from kronsearch.search.effort import affordable
 from kronsearch.search.pace import specs_of
 from kronsearch.search.score import Scorer
 from kronsearch.sekron.layers import SeKronLayer
@@ -70,7 +71,7 @@ class Context:
 
     def _contributions(self, specs: Mapping[str, SeKronSpec]) -> dict[str, float]:
         """Return what layers that become these contribute, from the shelf if it was measured before."""
-        images = min(max(_WORK // max(1, _RUNS * self.macs), _IMAGES[0]), _IMAGES[1])
+        images = affordable(_RUNS * self.macs, _WORK, *_IMAGES)
         key = {
             **self.origin,
             "specs": repr(sorted(specs.items())),

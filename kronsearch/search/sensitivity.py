@@ -14,6 +14,7 @@ from kronsearch.choices import SensitivityName
 from kronsearch.models.apply import factorise, replace_layers, stream
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.candidates import Candidates
+from kronsearch.search.effort import affordable
 from kronsearch.search.prepare import Prepared
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
@@ -98,8 +99,7 @@ class Damage:
             candidates: of each replaceable layer.
             tell: is called with the number of layers done and the name of the next.
         """
-        images = _WORK // max(1, self._macs * len(candidates))
-        images = min(max(images, _IMAGES[0]), _IMAGES[1])
+        images = affordable(self._macs * len(candidates), _WORK, *_IMAGES)
         found = {}
         for done, layer in enumerate(candidates):
             tell(done, layer.name)

@@ -35,7 +35,7 @@ from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 5  # of how trials are proposed, and these and finalists measured: those of another can't be compared
+_REVISION = 6  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 
 
@@ -161,7 +161,14 @@ class Work:
     def _scorer_with(self, prepared: Prepared) -> Scorer | None:
         if self.data is None:
             return None
-        return Scorer(self.dense, self.data, prepared.metrics, self.subject.settings, self.device)
+        return Scorer(
+            self.dense,
+            self.data,
+            prepared.metrics,
+            self.subject.settings,
+            self.device,
+            macs=self.subject.cost.macs,
+        )
 
     def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> None:
         """Run, or wait for others to run, what is left of a study's trials.

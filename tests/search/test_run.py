@@ -12,6 +12,7 @@ import kronsearch as ks
 from kronsearch.errors import BudgetError, DataError, ModelError, StudyError
 from kronsearch.files import alone
 from kronsearch.models.apply import load_compressed
+from kronsearch.search import score
 from kronsearch.search.pace import Pace
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.subject import Subject
@@ -179,6 +180,18 @@ def test_what_is_minimised_is_the_divergence_and_the_score_is_kept_beside_it(fou
     winner = trials[result.plan.provenance.trial]
     assert winner.user_attrs["score"] > 0.9
     assert winner.user_attrs["examples"] == digits_data.size("train")
+
+
+def test_a_network_too_large_for_all_images_is_measured_on_fewer(digits_model, digits_data, digits_cost, monkeypatch):
+    monkeypatch.setattr(score, "_SETTLED_IMAGES", (100, 10_000))
+    monkeypatch.setattr(score, "_SETTLED_WORK", 500 * digits_cost.macs)
+    tried = []
+    monkeypatch.setattr(
+        score.Scorer, "proxy", lambda scorer, model, seed: tried.append(scorer) or scorer.settled(model)
+    )
+    ks.search(digits_model, digits_data, budget=ks.Budget(flops="50%"), trials=1, final_epochs=0, allow_slower=True)
+    (scorer,) = tried
+    assert scorer.settled(digits_model).n == 500
 
 
 def test_the_summary_and_the_times_are_of_the_trials(found):

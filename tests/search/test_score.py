@@ -28,6 +28,12 @@ def test_before_a_fine_tune_a_network_is_measured_on_training_images(scorer, dig
     assert scorer.tuning == 0
 
 
+def test_a_large_network_is_measured_on_fewer_of_them(digits_model, digits_data):
+    for macs, images in ((16 * 10**9, 1000), (16 * 10**12 // 1100, 1100), (10**15, 1000)):
+        scorer = Scorer(digits_model, digits_data, {}, Decomposition(), "cpu", macs=macs)
+        assert scorer.settled(digits_model).n == images
+
+
 def test_a_proxy_fine_tune_is_measured_on_the_validation_split_and_brings_nearer(scorer, digits_data):
     small = scorer.build(SPECS)
     before = scorer.validate(small)
