@@ -1,8 +1,9 @@
 """Factorised convolutions of one, two and three axes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kronsearch.errors import SpecError
-from kronsearch.sekron.execution import Geometry, Stage
-from kronsearch.sekron.forming import form_kernels
+from kronsearch.sekron.execution import Geometry, Stage, plan_stages
+from kronsearch.sekron.forming import form_kernels, rounded
 from kronsearch.sekron.inference import Step, across, along, crosses, is_channels_last
 from kronsearch.sekron.layers import Conv, SeKronLayer, to_dense
-from kronsearch.sekron.layout import plan_layout
+from kronsearch.sekron.layout import Move, plan_layout
 from kronsearch.sekron.metrics import Metric
-from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.sekron.spec import Run, SeKronSpec
 
 __all__ = ["SeKronConv", "SeKronConv1d", "SeKronConv2d", "SeKronConv3d", "conv_geometry", "conv_like", "kernels_formed"]
 
@@ -68,7 +69,7 @@ class SeKronConv(SeKronLayer):
     axes: ClassVar[int]
     dense_class: ClassVar[type[Conv]]
     convolve: ClassVar[Callable[..., Tensor]]
-    _formed: Tensor | None = None  # see kernels_formed
+    _formed: tuple[tuple[Stage, Tensor], ...] | None = None  # see kernels_formed
 
     def __init__(
         self,
@@ -160,7 +161,9 @@ class SeKronConv(SeKronLayer):
             data = F.pad(data, widths, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self._formed is None:
             return self.run(data)
-        return self._convolve(data, self._formed, self.bias, self.geometry, self.geometry.groups)
+        for stage, weight in self._formed:
+            data = self._stage(stage, data, weight, self.bias if stage is self._formed[-1][0] else None)
+        return data
 
     def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         if data.device.type != "cpu" or data.ndim != 4:
@@ -183,11 +186,8 @@ class SeKronConv(SeKronLayer):
         return list(across(self.stages, weights, bias))
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._convolve(data, weight, bias, stage.geometry, stage.groups)
-
-    def _convolve(self, data: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
-        convolve = type(self).convolve
-        return convolve(data, weight, bias, geometry.stride, geometry.padding_inside, geometry.dilation, groups)
+        convolve, geometry = type(self).convolve, stage.geometry
+        return convolve(data, weight, bias, geometry.stride, geometry.padding_inside, geometry.dilation, stage.groups)
 
 
 class SeKronConv1d(SeKronConv):
@@ -220,12 +220,15 @@ def conv_like(conv: Conv) -> type[SeKronConv]:
 
 
 @contextmanager
-def kernels_formed(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def kernels_formed(
+    model: nn.Module, dtype: torch.dtype | None = None, runs: Mapping[str, Run] | None = None
+) -> Iterator[None]:
     """Form the kernels of a model's factorised convolutions, which then run as dense ones, with the same outputs.
 
     That is what batches are trained on: forming a kernel costs as much as a few positions of one example, gradients
     reach the factors through it, and no outputs of stages have to be kept. A training step of ResNet-32 at half the
-    MACs takes half the time, for the stages' depthwise convolutions have slow gradients.
+    MACs takes half the time, for the stages' depthwise convolutions have slow gradients. Where stages are faster all
+    the same (`plan_training`), their weights are formed instead.
 
     The kernels are those of the factors at the start, with gradients if they are enabled then, for one backward pass.
 
@@ -233,14 +236,38 @@ def kernels_formed(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
         model: the network.
         dtype: what kernels are rounded to: that of autocast, where the network runs under it; None leaves them as they
             are.
+        runs: of layers that run in stages over plain channels, by their dotted names.
     """
-    layers = [module for module in model.modules() if isinstance(module, SeKronConv) and module._formed is None]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SeKronConv) and module._formed is None
+    }
+    layers = list(found.values())
+    plans = [_training_stages(layer.spec, layer.geometry, (runs or {}).get(name)) for name, layer in found.items()]
     factors = [[f for f in layer.factors._parameters.values() if f is not None] for layer in layers]
-    for layer, kernel in zip(layers, form_kernels([layer.spec for layer in layers], factors, dtype), strict=True):
+    whole = [k for k, (stages, _) in enumerate(plans) if len(stages) == 1]
+    kernels = form_kernels([layers[k].spec for k in whole], [factors[k] for k in whole], dtype)
+    formed = {k: [kernel] for k, kernel in zip(whole, kernels, strict=True)}
+    for k, (layer, own, (stages, digits)) in enumerate(zip(layers, factors, plans, strict=True)):
+        if k not in formed:
+            with torch.autocast(own[0].device.type, enabled=False):
+                weights = [layer._weight(own, stage, move) for stage, move in zip(stages, digits, strict=True)]
+            formed[k] = [weight.to(rounded(weight.dtype, dtype)) for weight in weights]
         layer._forget()
-        layer._formed = kernel
+        layer._formed = tuple(zip(stages, formed[k], strict=True))
     try:
         yield
     finally:
         for layer in layers:
             layer._formed = None
+
+
+@lru_cache(maxsize=2**14)  # asked for at each step
+def _training_stages(
+    spec: SeKronSpec, geometry: Geometry, run: Run | None
+) -> tuple[tuple[Stage, ...], tuple[Move, ...]]:
+    """Return the stages of a run, by default of all factors merged, and the order of the digits of their weights."""
+    spec = replace(spec, run=run or (tuple(range(spec.sequence_length)),))
+    stages = plan_stages(spec, geometry)
+    return stages, tuple(view.weight for view in plan_layout(spec, geometry, stages).views)

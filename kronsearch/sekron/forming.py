@@ -21,7 +21,7 @@ from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import reconstruct
 
-__all__ = ["form_kernels"]
+__all__ = ["form_kernels", "rounded"]
 
 
 def form_kernels(
@@ -46,18 +46,19 @@ def form_kernels(
         else:
             with torch.autocast(own[0].device.type, enabled=False):
                 kernel = reconstruct(own, spec)
-                kernels[k] = kernel.to(_rounded(kernel.dtype, dtype))
+                kernels[k] = kernel.to(rounded(kernel.dtype, dtype))
     for (shapes, own, _), members in groups.items():
         plan, ranks = _plan(shapes), [specs[k].ranks[0] for k in members]
         formed = _Formed.apply(
-            plan, ranks, _rounded(own, dtype), *(factors[k][place] for place in plan.places for k in members)
+            plan, ranks, rounded(own, dtype), *(factors[k][place] for place in plan.places for k in members)
         )
         for k, kernel in zip(members, formed, strict=True):
             kernels[k] = kernel
     return [kernel for kernel in kernels if kernel is not None]
 
 
-def _rounded(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def rounded(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return what a weight of one type is rounded to: only float32 is, and only if that is wanted."""
     return wanted if wanted is not None and own == torch.float32 else own
 
 

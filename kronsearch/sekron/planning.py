@@ -1,8 +1,8 @@
-"""Which run of a factorised layer costs the fewest MACs: the order of its factors, and what to merge. Ints only.
+"""Which run of a factorised layer costs least: the order of its factors, and what to merge. Ints only.
 
 Parameters and kernel are the same whatever the run, but costs can differ by orders of magnitude: a factor with more out
 than in channels had better run late, one with a stride early, and factors whose common rank is wider than what it
-couples are cheaper as one.
+couples are cheaper as one. What a training step takes is another question, see `plan_training`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,16 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations, pairwise, permutations
 from math import inf, prod
+from typing import NamedTuple
 
-from kronsearch.sekron.execution import Geometry, plan_stages, stage_outputs
+from kronsearch.sekron.execution import Geometry, Stage, plan_stages, stage_outputs
 from kronsearch.sekron.spec import Run, SeKronSpec
 
-__all__ = ["plan_run"]
+__all__ = ["Effort", "plan_run", "plan_training"]
 
 _LARGEST = 16
+_LANES = 16  # channels that processors work on at once: fewer take as long
+_WORTH = 0.85  # of the time with the kernel formed: what stages are expected to take to be worth it
 
 
 def plan_run(
@@ -51,6 +54,73 @@ def _plan(spec: SeKronSpec, geometry: Geometry, calls: tuple[tuple[int, ...], ..
         if macs < fewest:
             best, fewest = planned, macs
     return best
+
+
+class Effort(NamedTuple):
+    """What it costs a training step to move data and to form kernels, as the MACs of dense convolutions in that time.
+
+    Args:
+        entry: for an entry of a convolution's inputs or outputs, there and back.
+        depthwise: how many times as much where the convolution has a group for each channel.
+        forming: for a MAC that it takes to merge factors.
+    """
+
+    entry: int
+    depthwise: int
+    forming: int
+
+
+def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, effort: Effort) -> SeKronSpec:
+    """Return the spec with the run that a training step is expected to be fastest in, mostly all factors merged.
+
+    Other runs are taken if all of their stages are convolutions over plain channels, of one group or depthwise, and if
+    they take at most 0.85 of the time. That is modelled, as MACs, moved entries and mergers; channels count in
+    multiples of 16.
+
+    Args:
+        spec: sequence and ranks; its own run doesn't matter.
+        geometry: of the layer.
+        positions: of the layer's outputs in a step, for all examples together.
+        effort: of the machine and precision.
+    """
+    formed = replace(spec, run=(tuple(range(spec.sequence_length)),))
+    best, least = formed, _WORTH * _effort(formed, geometry, positions, effort)
+    for run in _runs(spec.sequence_length):
+        planned = replace(spec, run=run)
+        stages = plan_stages(planned, geometry)
+        if len(stages) == 1 or not all(map(_is_plain, stages)):
+            continue
+        cost = _effort(planned, geometry, positions, effort)
+        if cost < least:
+            best, least = planned, cost
+    return best
+
+
+def _is_plain(stage: Stage) -> bool:
+    return stage.batch == 1 and (stage.groups == 1 or _is_depthwise(stage))
+
+
+def _is_depthwise(stage: Stage) -> bool:
+    return stage.groups > 1 and stage.group_in == stage.group_out == 1
+
+
+def _effort(spec: SeKronSpec, geometry: Geometry, positions: int, effort: Effort) -> float:
+    """Return what a training step takes for a layer with so many positions of its outputs."""
+    input_size = tuple(64 * _LANES * step for step in geometry.stride)  # large, so that borders are of no account
+    before, cost = prod(input_size), 0
+    for stage, size in stage_outputs(plan_stages(spec, geometry), geometry, input_size):
+        group_in, group_out = (_in_lanes(n) if stage.groups == 1 else n for n in (stage.group_in, stage.group_out))
+        after = prod(size)
+        moved = stage.groups * (before * group_in + after * group_out)
+        cost += after * stage.groups * group_in * group_out * prod(stage.extent)
+        cost += moved * effort.entry * (effort.depthwise if _is_depthwise(stage) else 1)
+        before = after
+    merging = sum(merging_macs(spec, group) for group in spec.order)
+    return cost * positions / before + effort.forming * merging
+
+
+def _in_lanes(channels: int) -> int:
+    return -(-channels // _LANES) * _LANES
 
 
 def merging_macs(spec: SeKronSpec, group: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.sekron.convolution import kernels_formed
+from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import feature_distance, recorded_outputs
@@ -18,6 +19,7 @@ from kronsearch.training.distillation import Labels, teacher_outputs, training_l
 from kronsearch.training.optimizer import make_optimizer, moments, restore_moments
 from kronsearch.training.precision import KERNELS, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
+from kronsearch.training.stages import training_runs
 from kronsearch.training.team import ALONE, Team
 
 __all__ = ["StepReport", "Trainer", "finetune"]
@@ -70,6 +72,7 @@ class Trainer:
         self._task, self._teacher = data.task, teacher
         self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
         self._precision = precision_for(device)
+        self._runs: dict[str, Run] | None = None  # known with the first batch
         self._optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._runner = team.wrapped(model, self._device)
@@ -135,9 +138,11 @@ class Trainer:
         return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
 
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
+        if self._runs is None:
+            self._runs = training_runs(self.model, inputs, self._precision)
         wanted, features_wanted = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._watched)
         with (
-            kernels_formed(self.model, KERNELS[self._precision]),
+            kernels_formed(self.model, KERNELS[self._precision], self._runs),
             recorded_outputs(self.model, self._watched) as features,
         ):
             outputs = forward(self._runner, inputs, self._precision)

@@ -1,14 +1,17 @@
-"""A training step of ResNet-32 at half the MACs against one of the dense network, as fine-tuning runs them, in turns.
+"""A training step of a compressed network against one of the dense network, as fine-tuning runs them, in turns.
 
-    python results/execution-speed/training_step.py [PAIRS [THREADS]]
+    python results/execution-speed/training_step.py [--plan PLAN --model MODEL] [--batch 128] [--pairs 30] [--threads 1]
 
-Batch 128, bf16 autocast where the processor has it, channels_last images, kernels formed, no teacher: forward and
-backward pass, clipping, AdamW. The plan is that of results/cifar10-resnet32-50flops, applied without data; images are
-random. Times are CPU seconds of the process with one thread, else those of the clock.
+bf16 autocast where the processor has it (`--float32` without), channels_last images, no teacher: forward and backward
+pass, clipping, AdamW. The compressed network runs twice: with all of its kernels formed, and as it is trained, with
+some layers in stages where that is expected to be faster. By default the plan is that of
+results/cifar10-resnet32-50flops. It is applied without data; images and, of torchvision's networks, weights are random.
+Times are CPU seconds of the process with one thread, else those of the clock.
 """
 
+import argparse
+import copy
 import statistics
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +21,11 @@ from torch import nn
 
 import kronsearch as ks
 from kronsearch.sekron.convolution import kernels_formed
+from kronsearch.sekron.spec import Run
 from kronsearch.training.optimizer import make_optimizer
-from kronsearch.training.precision import KERNELS, forward, precision_for
+from kronsearch.training.precision import KERNELS, Precision, forward, precision_for
 from kronsearch.training.schedule import TrainSettings
+from kronsearch.training.stages import training_runs
 
 PLAN = Path(__file__).parents[1] / "cifar10-resnet32-50flops" / "plan.json"
 PARTS = ("forward", "backward", "clip", "step")
@@ -29,8 +34,9 @@ PARTS = ("forward", "backward", "clip", "step")
 class Trained:
     """A network and its optimiser; `step` returns the seconds of each part."""
 
-    def __init__(self, model: nn.Module, threads: int) -> None:
+    def __init__(self, model: nn.Module, precision: Precision, runs: dict[str, Run], threads: int) -> None:
         self.model, self.settings = model.train(), TrainSettings(epochs=1)
+        self.precision, self.runs = precision, runs
         self.optimizer = make_optimizer(
             model, lr=self.settings.lr, weight_decay=self.settings.weight_decay, device=torch.device("cpu")
         )
@@ -38,8 +44,8 @@ class Trained:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
         times = [self.now()]
-        with kernels_formed(self.model, KERNELS[precision_for("cpu")]):
-            outputs = forward(self.model, images, precision_for("cpu"))
+        with kernels_formed(self.model, KERNELS[self.precision], self.runs):
+            outputs = forward(self.model, images, self.precision)
         loss = nn.functional.cross_entropy(outputs, labels)
         times.append(self.now())
         loss.backward()
@@ -52,30 +58,45 @@ class Trained:
         return [after - before for before, after in pairwise(times)]
 
 
-def main(pairs: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dense = ks.load_model("zoo:cifar_resnet32")
+    precision: Precision = "float32" if options.float32 else precision_for("cpu")
+    plan, dense = ks.load_plan(options.plan), ks.load_model(options.model)
+    small = ks.apply_plan(dense, plan)
+    images, labels = torch.randn(options.batch, *plan.input_shape), torch.randint(10, (options.batch,))
+    runs = training_runs(small, images, precision)
+    print(f"{precision}: {len(runs)} of {len(plan.replaced)} layers are trained in stages")
     networks = {
-        "dense": Trained(dense, threads),
-        "compressed": Trained(ks.apply_plan(dense, ks.load_plan(PLAN)), threads),
+        "dense": Trained(dense, precision, {}, options.threads),
+        "formed": Trained(copy.deepcopy(small), precision, {}, options.threads),
+        "compressed": Trained(small, precision, runs, options.threads),
     }
-    images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     times: dict[str, list[list[float]]] = {name: [] for name in networks}
-    for turn in range(pairs + 3):
+    for turn in range(options.pairs + 3):
         for name, network in networks.items():
             parts = network.step(images, labels)
             if turn >= 3:
                 times[name].append(parts)
-    whole = {name: statistics.median(map(sum, own)) for name, own in times.items()}
+    whole = {name: [sum(parts) for parts in own] for name, own in times.items()}
     for name, own in times.items():
         columns = list(zip(*own, strict=True))
         parts = ", ".join(f"{part} {1e3 * statistics.median(t):.1f}" for part, t in zip(PARTS, columns, strict=True))
-        print(f"{name}: {1e3 * whole[name]:.1f} ms ({parts})")
-    within = statistics.quantiles((sum(b) / sum(a) for a, b in zip(*times.values(), strict=True)), n=4)
-    print(f"ratio of medians {whole['compressed'] / whole['dense']:.3f}; within pairs, quartiles {within}")
+        print(f"{name}: {1e3 * statistics.median(whole[name]):.1f} ms ({parts})")
+    for name in ("formed", "compressed"):
+        ratio = statistics.median(whole[name]) / statistics.median(whole["dense"])
+        within = statistics.quantiles((b / a for a, b in zip(whole["dense"], whole[name], strict=True)), n=4)
+        print(
+            f"{name}: ratio of medians {ratio:.3f}; within pairs {within[1]:.3f} ({within[0]:.3f} to {within[2]:.3f})"
+        )
 
 
 if __name__ == "__main__":
-    given = [int(word) for word in sys.argv[1:]]
-    main(*given, *(30, 1)[len(given) :])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--model", default="zoo:cifar_resnet32")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true")
+    main(parser.parse_args())

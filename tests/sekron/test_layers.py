@@ -8,9 +8,11 @@ import io
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kronsearch.errors import SpecError
-from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, reconstruct
+from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, planning, reconstruct
 from kronsearch.sekron.convolution import SeKronConv, conv_geometry, conv_like, kernels_formed
+from kronsearch.sekron.planning import Effort, plan_training
 
 EXACT = 1e-10  # float64: sums of some hundred products of order one
 # Each stage rounds its result to the dtype; of the largest output, over at most four stages.
@@ -363,6 +366,15 @@ OTHER_AXES = tuple(
 )
 
 
+@contextmanager
+def in_stages(layer: SeKronConv) -> Iterator[None]:
+    """Run a layer as it is trained in stages of plain convolutions, if there are any, however slow they are."""
+    with patch.object(planning, "_WORTH", math.inf), patch.object(planning, "_LANES", 1):
+        run = plan_training(layer.spec, layer.geometry, 1, Effort(0, 1, 0)).order
+    with kernels_formed(nn.Sequential(layer), runs={"0": run}):
+        yield
+
+
 class TestConvOfOtherAxes(ConvCases, LayerConformance):
     CASES = OTHER_AXES
 
@@ -386,6 +398,28 @@ class TestConvWithItsKernelFormed(ConvCases, LayerConformance):
     def run(self, layer: nn.Module, data: Tensor) -> Tensor:
         with kernels_formed(nn.Sequential(layer)):
             return layer(data)
+
+
+class TestConvTrainedInStages(ConvCases, LayerConformance):
+    CASES = (
+        *TestConvGrid.CASES[1::3],
+        *TestGroupedConvGrid.CASES[1::3],
+        *OTHER_AXES[1::3],
+        *(conv_case(spec, options, bias=True) for spec in CONV_SPECS for options in CONV_OPTIONS[1::4]),
+    )
+
+    def run(self, layer: nn.Module, data: Tensor) -> Tensor:
+        with in_stages(layer):
+            return layer(data)
+
+    def test_most_have_stages(self):
+        """Or the others would show nothing."""
+        stages = []
+        for case in self.CASES:
+            with in_stages(layer := self.create(case)):
+                stages.append(len(layer._formed))
+        assert {1, 2, 3} <= set(stages)
+        assert sum(n > 1 for n in stages) > len(stages) / 3
 
 
 class TestConvLife(ConvCases, LayerLife):
@@ -577,6 +611,22 @@ def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch
     weights.clear()
     layer(data)
     assert len(weights) == 2
+
+
+def test_weights_of_stages_are_formed_in_the_factors_precision_too(monkeypatch):
+    spec = SeKronSpec(((64, 1, 1, 1), (1, 1, 3, 3), (1, 64, 1, 1)), (16, 1))
+    layer = SeKronConv2d.empty(nn.Conv2d(64, 64, 3), spec)
+    for factor in layer.factors:
+        nn.init.normal_(factor)
+    merged = torch.einsum("rhw,rc->rchw", layer.factors[1].reshape(16, 3, 3), layer.factors[2].reshape(16, 64))
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16), kernels_formed(layer, dtype, {"": ((1, 2), (0,))}):
+            (first, inner), (last, outer) = layer._formed
+            assert layer(draw((1, 64, 5, 5), dtype=torch.float32)).dtype == torch.bfloat16
+        assert (first.factors, last.factors) == ((1, 2), (0,))
+        assert inner.dtype == outer.dtype == (dtype or torch.float32)
+        assert torch.equal(inner, merged.to(inner.dtype))
+    assert layer._formed is None
 
 
 def test_formed_kernels_are_there_only_inside_and_not_in_copies():

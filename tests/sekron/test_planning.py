@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron import Geometry, SeKronSpec, count_macs, dense_macs, plan_run
+from kronsearch.sekron.planning import Effort, merging_macs, plan_training
+from kronsearch.training.stages import EFFORTS
 
 F, C, H, W = 16, 12, 8, 10
 
@@ -240,3 +242,81 @@ def test_all_calls_decide_together():
         }
         assert macs[plan_run(spec, geometry, chosen).run] == min(macs.values())
     assert len({plan_run(spec, geometry, chosen).run for chosen in (calls[:1], calls[1:])}) == 2
+
+
+BF16, FLOAT32 = EFFORTS["bf16"], EFFORTS["float32"]
+MANY = 10**9  # positions: forming kernels is of no account
+
+
+def three_by_three(kind, channels, rank):
+    """Return the spec of a 3×3 convolution of so many channels in and out."""
+    pointwise, depthwise, entering = (channels, 1, 1, 1), (1, 1, 3, 3), (1, channels, 1, 1)
+    if kind == "cp":
+        return SeKronSpec((pointwise, depthwise, entering), (rank, 1))
+    if kind == "tucker":
+        return SeKronSpec((pointwise, depthwise, entering), (rank, rank), coupling="chain")
+    if kind == "bottleneck":
+        return SeKronSpec(((channels, 1, 3, 3), entering), (rank,))
+    return SeKronSpec(((channels, 1, 3, 1), (1, channels, 1, 3)), (rank,))
+
+
+@pytest.mark.parametrize(
+    ("effort", "kind", "channels", "rank", "stages"),
+    [  # behind each what a step was measured to take of the dense one's time, forming left out
+        (BF16, "bottleneck", 256, 64, 2),  # 0.41
+        (BF16, "separable", 256, 64, 2),  # 0.30
+        (BF16, "tucker", 256, 64, 3),  # 0.29
+        (BF16, "cp", 256, 256, 3),  # 0.60
+        (BF16, "bottleneck", 128, 64, 2),  # 0.76
+        (BF16, "separable", 64, 32, 2),  # 0.67
+        (BF16, "tucker", 64, 48, 1),  # 1.34
+        (BF16, "cp", 64, 64, 1),  # 1.48
+        (BF16, "cp", 64, 128, 1),  # 3.15
+        (BF16, "separable", 32, 24, 1),  # 1.22
+        (BF16, "bottleneck", 16, 4, 1),  # 1.22
+        (FLOAT32, "cp", 64, 64, 3),  # 0.66
+        (FLOAT32, "cp", 64, 128, 1),  # 1.13
+        (FLOAT32, "cp", 256, 512, 3),  # 0.64
+        (FLOAT32, "tucker", 32, 8, 3),  # 0.69
+        (FLOAT32, "bottleneck", 32, 24, 1),  # 1.28
+        (FLOAT32, "bottleneck", 16, 8, 1),  # 1.21
+    ],
+)
+def test_a_layer_is_trained_in_stages_where_that_is_faster(effort, kind, channels, rank, stages):
+    planned = plan_training(three_by_three(kind, channels, rank), SAME, MANY, effort)
+    assert len(planned.order) == stages
+
+
+def test_where_few_ranks_are_left_the_factors_within_are_merged():
+    """A depthwise convolution of all channels moves more than a dense one to few of them takes."""
+    spec = three_by_three("cp", 64, 16)
+    assert plan_training(spec, SAME, MANY, BF16).order == ((1, 2), (0,))
+    assert plan_training(spec, SAME, MANY, FLOAT32).order == ((2,), (1,), (0,))
+
+
+@pytest.mark.parametrize("effort", [BF16, FLOAT32, Effort(0, 1, 0)])
+def test_stages_over_other_digits_than_plain_channels_are_not_trained_in(effort):
+    """Their data would have to be moved there and back."""
+    kronecker = SeKronSpec(((16, 16, 1, 1), (16, 16, 3, 3)), (2,))
+    grouped = SeKronSpec(((256, 1, 3, 1), (1, 64, 1, 3)), (8,))
+    for spec, geometry in ((kronecker, SAME), (grouped, replace(SAME, groups=4))):
+        assert len(plan_training(spec, geometry, MANY, effort).order) == 1
+    dense = SeKronSpec(((256, 256, 3, 3),))
+    assert plan_training(dense, SAME, MANY, effort) == dense
+
+
+def test_a_stride_counts_for_the_stages_that_see_every_position():
+    """Of a bottleneck behind a stride of 2 the product in front runs on four times as many positions."""
+    spec = three_by_three("bottleneck", 128, 64)
+    assert len(plan_training(spec, SAME, MANY, BF16).order) == 2
+    assert len(plan_training(spec, replace(SAME, stride=(2, 2)), MANY, BF16).order) == 1
+
+
+def test_of_few_positions_stages_are_trained_in_to_save_forming_the_kernel():
+    """At many ranks that takes more than a convolution of a few examples."""
+    spec = three_by_three("cp", 512, 1000)
+    forming = merging_macs(spec, (0, 1, 2))
+    assert forming > 1000 * 512 * 512 * 9
+    found = [len(plan_training(spec, SAME, 49 * examples, BF16).order) for examples in (1, 16, 128, 10_000)]
+    assert found == [3, 3, 3, 1]
+    assert len(plan_training(spec, SAME, 49, BF16._replace(forming=0)).order) == 1

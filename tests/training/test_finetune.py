@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kronsearch.sekron import SeKronConv2d, SeKronSpec
 from kronsearch.training import finetune as finetune_module
 from kronsearch.training.batches import Batches
 from kronsearch.training.evaluate import evaluate, outputs
@@ -201,6 +202,33 @@ def test_stopping_early_leaves_a_usable_model(make_data, make_network):
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not torch.equal(network.conv.weight, start)
     assert evaluate(network, data, "val").n == 12
+
+
+def test_wide_layers_of_low_rank_are_trained_in_stages_to_the_same_weights(monkeypatch, make_data):
+    data = make_data()
+    wide = SeKronConv2d.from_conv(
+        torch.nn.Conv2d(128, 128, 3, padding=1), SeKronSpec(((128, 1, 3, 1), (1, 128, 1, 3)), (16,))
+    )
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 128, 3), wide, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    network.append(torch.nn.Linear(128, 3))
+    shapes = []
+    convolve = SeKronConv2d.convolve
+
+    def spy(inputs, weight, *others):
+        shapes.append(tuple(weight.shape))
+        return convolve(inputs, weight, *others)
+
+    monkeypatch.setattr(SeKronConv2d, "convolve", staticmethod(spy))
+    trained = {}
+    for runs in (finetune_module.training_runs, lambda model, inputs, precision: {}):
+        monkeypatch.setattr(finetune_module, "training_runs", runs)
+        shapes.clear()
+        student = copy.deepcopy(network)
+        finetune(student, data, TrainSettings(epochs=1, batch_size=10, lr=1e-3), generator=seeded())
+        trained[tuple(dict.fromkeys(shapes))] = student
+    in_stages, formed = trained[(16, 128, 1, 3), (128, 16, 3, 1)], trained[((128, 128, 3, 3),)]
+    for ours, theirs, before in zip(in_stages.parameters(), formed.parameters(), network.parameters(), strict=True):
+        assert (ours - theirs).norm() < 1e-2 * (theirs - before).norm()
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 6])
