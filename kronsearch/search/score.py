@@ -25,7 +25,7 @@ from kronsearch.training.schedule import TrainSettings, default_rate, total_step
 __all__ = ["Scorer"]
 
 _PROXY_IMAGES = 16_000  # that a proxy fine-tune sees
-_SETTLED_IMAGES = (1_000, 10_000)  # the fewest and the most that a network is measured on before a fine-tune
+_SETTLED_IMAGES = (2_500, 10_000)  # the fewest and the most that a network is measured on before a fine-tune
 _SETTLED_WORK = 16 * 10**12  # MACs of the dense network for these, as far as the fewest allow
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _PROXY = 11  # stream of random numbers
@@ -83,7 +83,7 @@ class Scorer:
 
         There are many, for two plans near the best one differ by a few hundredths: on 2,500 images a search of sixty
         trials found 0.92 of the plain allocation's divergence that were 0.99 on others. A network of more than 1.6
-        GMACs is run on fewer, so that a trial doesn't take as long as a fine-tune.
+        GMACs is run on fewer all the same, so that a trial takes a small part of a fine-tune's time.
         """
         if self._settled is None:
             self._settled = Validation(self.dense, self.data, self.device, split="train", limit=self._settled_images)

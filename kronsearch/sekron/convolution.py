@@ -238,29 +238,39 @@ def kernels_formed(
             are.
         runs: of layers that run in stages over plain channels, by their dotted names.
     """
-    found = {
+    runs = runs or {}
+    layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, SeKronConv) and module._formed is None
     }
-    layers = list(found.values())
-    plans = [_training_stages(layer.spec, layer.geometry, (runs or {}).get(name)) for name, layer in found.items()]
-    factors = [[f for f in layer.factors._parameters.values() if f is not None] for layer in layers]
-    whole = [k for k, (stages, _) in enumerate(plans) if len(stages) == 1]
-    kernels = form_kernels([layers[k].spec for k in whole], [factors[k] for k in whole], dtype)
-    formed = {k: [kernel] for k, kernel in zip(whole, kernels, strict=True)}
-    for k, (layer, own, (stages, digits)) in enumerate(zip(layers, factors, plans, strict=True)):
-        if k not in formed:
-            with torch.autocast(own[0].device.type, enabled=False):
-                weights = [layer._weight(own, stage, move) for stage, move in zip(stages, digits, strict=True)]
-            formed[k] = [weight.to(rounded(weight.dtype, dtype)) for weight in weights]
+    whole = {name: layer for name, layer in layers.items() if name not in runs}
+    kernels = form_kernels([layer.spec for layer in whole.values()], list(map(_factors, whole.values())), dtype)
+    formed = dict(zip(whole, kernels, strict=True))
+    for name, layer in layers.items():
+        stages, digits = _training_stages(layer.spec, layer.geometry, runs.get(name))
+        weights = [formed[name]] if name in formed else _stage_weights(layer, stages, digits, dtype)
         layer._forget()
-        layer._formed = tuple(zip(stages, formed[k], strict=True))
+        layer._formed = tuple(zip(stages, weights, strict=True))
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer._formed = None
+
+
+def _factors(layer: SeKronConv) -> list[Tensor]:
+    return [factor for factor in layer.factors._parameters.values() if factor is not None]
+
+
+def _stage_weights(
+    layer: SeKronConv, stages: Sequence[Stage], digits: Sequence[Move], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Form the weights of stages in the factors' own precision, inside of autocast too, and round them."""
+    factors = _factors(layer)
+    with torch.autocast(factors[0].device.type, enabled=False):
+        weights = [layer._weight(factors, stage, move) for stage, move in zip(stages, digits, strict=True)]
+    return [weight.to(rounded(weight.dtype, dtype)) for weight in weights]
 
 
 @lru_cache(maxsize=2**14)  # asked for at each step
@@ -268,6 +278,6 @@ def _training_stages(
     spec: SeKronSpec, geometry: Geometry, run: Run | None
 ) -> tuple[tuple[Stage, ...], tuple[Move, ...]]:
     """Return the stages of a run, by default of all factors merged, and the order of the digits of their weights."""
-    spec = replace(spec, run=run or (tuple(range(spec.sequence_length)),))
+    spec = replace(spec, run=(tuple(range(spec.sequence_length)),) if run is None else run)
     stages = plan_stages(spec, geometry)
     return stages, tuple(view.weight for view in plan_layout(spec, geometry, stages).views)

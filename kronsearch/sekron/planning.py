@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages, stage_outputs
 from kronsearch.sekron.spec import Run, SeKronSpec
 
-__all__ = ["Effort", "plan_run", "plan_training"]
+__all__ = ["StepPrices", "plan_run", "plan_training"]
 
 _LARGEST = 16
 _LANES = 16  # channels that processors work on at once: fewer take as long
@@ -56,43 +56,44 @@ def _plan(spec: SeKronSpec, geometry: Geometry, calls: tuple[tuple[int, ...], ..
     return best
 
 
-class Effort(NamedTuple):
-    """What it costs a training step to move data and to form kernels, as the MACs of dense convolutions in that time.
+class StepPrices(NamedTuple):
+    """What it takes a training step to move data and to form kernels, as the MACs of dense convolutions in that time.
 
     Args:
         entry: for an entry of a convolution's inputs or outputs, there and back.
         depthwise: how many times as much where the convolution has a group for each channel.
+        depthwise_slow: the same where it is dilated, or of three axes.
         forming: for a MAC that it takes to merge factors.
     """
 
     entry: int
     depthwise: int
+    depthwise_slow: int
     forming: int
 
 
-def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, effort: Effort) -> SeKronSpec:
+def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: StepPrices) -> SeKronSpec:
     """Return the spec with the run that a training step is expected to be fastest in, mostly all factors merged.
 
     Other runs are taken if all of their stages are convolutions over plain channels, of one group or depthwise, and if
-    they take at most 0.85 of the time. That is modelled, as MACs, moved entries and mergers; channels count in
-    multiples of 16.
+    they take at most 0.85 of the time. That is modelled, as MACs, moved entries and mergers; channels that are summed
+    over count in multiples of 16.
 
     Args:
         spec: sequence and ranks; its own run doesn't matter.
         geometry: of the layer.
-        positions: of the layer's outputs in a step, for all examples together.
-        effort: of the machine and precision.
+        positions: of the layer's outputs in a step, for all examples and calls together.
+        prices: of the machine and precision.
     """
-    formed = replace(spec, run=(tuple(range(spec.sequence_length)),))
-    best, least = formed, _WORTH * _effort(formed, geometry, positions, effort)
+    best = replace(spec, run=(tuple(range(spec.sequence_length)),))
+    least = _WORTH * _step_cost(best, geometry, plan_stages(best, geometry), positions, prices)
     for run in _runs(spec.sequence_length):
         planned = replace(spec, run=run)
         stages = plan_stages(planned, geometry)
-        if len(stages) == 1 or not all(map(_is_plain, stages)):
-            continue
-        cost = _effort(planned, geometry, positions, effort)
-        if cost < least:
-            best, least = planned, cost
+        if len(stages) > 1 and all(map(_is_plain, stages)):
+            cost = _step_cost(planned, geometry, stages, positions, prices)
+            if cost < least:
+                best, least = planned, cost
     return best
 
 
@@ -104,19 +105,24 @@ def _is_depthwise(stage: Stage) -> bool:
     return stage.groups > 1 and stage.group_in == stage.group_out == 1
 
 
-def _effort(spec: SeKronSpec, geometry: Geometry, positions: int, effort: Effort) -> float:
-    """Return what a training step takes for a layer with so many positions of its outputs."""
+def _step_cost(
+    spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage], positions: int, prices: StepPrices
+) -> float:
+    """Return what a training step takes for a layer with so many positions of its outputs, as MACs."""
     input_size = tuple(64 * _LANES * step for step in geometry.stride)  # large, so that borders are of no account
     before, cost = prod(input_size), 0
-    for stage, size in stage_outputs(plan_stages(spec, geometry), geometry, input_size):
-        group_in, group_out = (_in_lanes(n) if stage.groups == 1 else n for n in (stage.group_in, stage.group_out))
+    for stage, size in stage_outputs(stages, geometry, input_size):
+        group_in, group_out, price = stage.group_in, stage.group_out, prices.entry
+        if stage.groups == 1:
+            group_in, group_out = _in_lanes(group_in), _in_lanes(group_out)
+        elif _is_depthwise(stage):
+            dilated = any(step > 1 for step in stage.geometry.dilation)
+            price *= prices.depthwise_slow if dilated or len(stage.extent) > 2 else prices.depthwise
         after = prod(size)
-        moved = stage.groups * (before * group_in + after * group_out)
         cost += after * stage.groups * group_in * group_out * prod(stage.extent)
-        cost += moved * effort.entry * (effort.depthwise if _is_depthwise(stage) else 1)
+        cost += price * stage.groups * (before * group_in + after * group_out)
         before = after
-    merging = sum(merging_macs(spec, group) for group in spec.order)
-    return cost * positions / before + effort.forming * merging
+    return cost * positions / before + prices.forming * sum(merging_macs(spec, group) for group in spec.order)
 
 
 def _in_lanes(channels: int) -> int:

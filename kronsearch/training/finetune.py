@@ -112,6 +112,9 @@ class Trainer:
             (inputs, targets), seed = self._batches.take()
             examples += len(inputs)
             inputs, labels = self._mixed(inputs, targets, seed)
+            if self._runs is None:
+                share = -(-len(inputs) // self._team.size)
+                self._runs = training_runs(self.model, inputs, share, self._precision)
             own, part = self._team.share(len(inputs))
             with _own_randomness(seed + self._team.rank, self._device):
                 loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
@@ -138,8 +141,6 @@ class Trainer:
         return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
 
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
-        if self._runs is None:
-            self._runs = training_runs(self.model, inputs, self._precision)
         wanted, features_wanted = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._watched)
         with (
             kernels_formed(self.model, KERNELS[self._precision], self._runs),

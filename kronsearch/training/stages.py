@@ -1,46 +1,66 @@
 """Which factorised convolutions of a network are trained in stages, the others with their kernels formed."""
 
-from collections.abc import Mapping
-from math import prod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from kronsearch.sekron.convolution import SeKronConv
-from kronsearch.sekron.planning import Effort, plan_training
+from kronsearch.sekron.planning import StepPrices, plan_training
 from kronsearch.sekron.spec import Run
-from kronsearch.training.blocks import recorded_outputs
 from kronsearch.training.precision import Precision, eval_mode, forward
 
-__all__ = ["EFFORTS", "training_runs"]
+__all__ = ["PRICES", "training_runs"]
 
 # Of training steps of 3×3 convolutions on one thread (Xeon with AMX): 16 to 512 channels, bottlenecks, separable ones,
 # CP. From 64 channels on the model is right to a tenth, but for depthwise ones in bf16, where moving data takes one to
-# four times as long as elsewhere.
-EFFORTS: Mapping[Precision, Effort] = {"bf16": Effort(150, 3, 5), "float32": Effort(50, 1, 1)}
+# four times as long as elsewhere, and ten times and more where they are dilated or of three axes.
+PRICES: Mapping[Precision, StepPrices] = {
+    "bf16": StepPrices(entry=150, depthwise=3, depthwise_slow=27, forming=5),
+    "float32": StepPrices(entry=50, depthwise=1, depthwise_slow=1, forming=1),
+}
 
 
-def training_runs(model: nn.Module, inputs: Tensor, precision: Precision) -> dict[str, Run]:
+def training_runs(model: nn.Module, inputs: Tensor, examples: int, precision: Precision) -> dict[str, Run]:
     """Return the runs of the layers that are expected to be trained faster in stages, by their dotted names.
 
     What is expected depends on shapes alone, so that a training does the same when it is resumed. It was measured on
     CPUs; on other devices all kernels are formed.
 
     Args:
-        model: the network; it runs once on the first example, in eval mode.
-        inputs: a batch as it is trained on.
+        model: the network; it runs once, in eval mode, and is left as it was, as are torch's random numbers.
+        inputs: of which the first is run.
+        examples: how many a step has.
         precision: of the training.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SeKronConv)}
     if inputs.device.type != "cpu" or not layers:
         return {}
-    with torch.no_grad(), eval_mode(model), recorded_outputs(model, layers) as outputs:
-        forward(model, inputs[:1], precision)
     runs = {}
-    for name, output in outputs.items():
-        layer = layers[name]
-        positions = len(inputs) * prod(output.shape[2:])
-        run = plan_training(layer.spec, layer.geometry, positions, EFFORTS[precision]).order
+    for name, positions in _positions(model, layers, inputs[:1], precision).items():
+        spec, geometry = layers[name].spec, layers[name].geometry
+        run = plan_training(spec, geometry, examples * positions, PRICES[precision]).order
         if len(run) > 1:
             runs[name] = run
     return runs
+
+
+def _positions(
+    model: nn.Module, layers: Mapping[str, SeKronConv], example: Tensor, precision: Precision
+) -> Counter[str]:
+    """Return how many positions the outputs of layers have, of all calls for an example together."""
+    found = Counter[str]()
+
+    def adder(name: str) -> Callable[[SeKronConv, object, Tensor], None]:
+        def add(layer: SeKronConv, _: object, output: Tensor) -> None:
+            found[name] += output.numel() // layer.spec.kernel_shape[0]
+
+        return add
+
+    with ExitStack() as stack, torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=[]):
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(adder(name)).remove)
+        forward(model, example, precision)
+    return found

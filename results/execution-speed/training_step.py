@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> None:
     plan, dense = ks.load_plan(options.plan), ks.load_model(options.model)
     small = ks.apply_plan(dense, plan)
     images, labels = torch.randn(options.batch, *plan.input_shape), torch.randint(10, (options.batch,))
-    runs = training_runs(small, images, precision)
+    runs = training_runs(small, images, options.batch, precision)
     print(f"{precision}: {len(runs)} of {len(plan.replaced)} layers are trained in stages")
     networks = {
         "dense": Trained(dense, precision, {}, options.threads),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kronsearch.plan import Decomposition
+from kronsearch.search import score
 from kronsearch.search.score import Scorer
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.evaluate import evaluate, outputs
@@ -28,7 +29,8 @@ def test_before_a_fine_tune_a_network_is_measured_on_training_images(scorer, dig
     assert scorer.tuning == 0
 
 
-def test_a_large_network_is_measured_on_fewer_of_them(digits_model, digits_data):
+def test_a_large_network_is_measured_on_fewer_of_them(digits_model, digits_data, monkeypatch):
+    monkeypatch.setattr(score, "_SETTLED_IMAGES", (1000, 10_000))
     for macs, images in ((16 * 10**9, 1000), (16 * 10**12 // 1100, 1100), (10**15, 1000)):
         scorer = Scorer(digits_model, digits_data, {}, Decomposition(), "cpu", macs=macs)
         assert scorer.settled(digits_model).n == images

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from kronsearch.errors import SpecError
 from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, planning, reconstruct
 from kronsearch.sekron.convolution import SeKronConv, conv_geometry, conv_like, kernels_formed
-from kronsearch.sekron.planning import Effort, plan_training
+from kronsearch.sekron.planning import StepPrices, plan_training
 
 EXACT = 1e-10  # float64: sums of some hundred products of order one
 # Each stage rounds its result to the dtype; of the largest output, over at most four stages.
@@ -370,7 +370,7 @@ OTHER_AXES = tuple(
 def in_stages(layer: SeKronConv) -> Iterator[None]:
     """Run a layer as it is trained in stages of plain convolutions, if there are any, however slow they are."""
     with patch.object(planning, "_WORTH", math.inf), patch.object(planning, "_LANES", 1):
-        run = plan_training(layer.spec, layer.geometry, 1, Effort(0, 1, 0)).order
+        run = plan_training(layer.spec, layer.geometry, 1, StepPrices(0, 1, 1, 0)).order
     with kernels_formed(nn.Sequential(layer), runs={"0": run}):
         yield
 

@@ -204,13 +204,27 @@ def test_stopping_early_leaves_a_usable_model(make_data, make_network):
     assert evaluate(network, data, "val").n == 12
 
 
-def test_wide_layers_of_low_rank_are_trained_in_stages_to_the_same_weights(monkeypatch, make_data):
-    data = make_data()
-    wide = SeKronConv2d.from_conv(
-        torch.nn.Conv2d(128, 128, 3, padding=1), SeKronSpec(((128, 1, 3, 1), (1, 128, 1, 3)), (16,))
+class Noisy(torch.nn.Module):
+    """Dropout in eval mode too."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+def wide_network(*, noisy):
+    wide = torch.nn.Conv2d(128, 128, 3, padding=1)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 128, 3),
+        SeKronConv2d.from_conv(wide, SeKronSpec(((128, 1, 3, 1), (1, 128, 1, 3)), (16,))),
+        Noisy() if noisy else torch.nn.Identity(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 3),
     )
-    network = torch.nn.Sequential(torch.nn.Conv2d(2, 128, 3), wide, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    network.append(torch.nn.Linear(128, 3))
+
+
+def test_wide_layers_of_low_rank_are_trained_in_stages_to_the_same_weights(monkeypatch, make_data):
+    data, network = make_data(), wide_network(noisy=False)
     shapes = []
     convolve = SeKronConv2d.convolve
 
@@ -220,15 +234,30 @@ def test_wide_layers_of_low_rank_are_trained_in_stages_to_the_same_weights(monke
 
     monkeypatch.setattr(SeKronConv2d, "convolve", staticmethod(spy))
     trained = {}
-    for runs in (finetune_module.training_runs, lambda model, inputs, precision: {}):
+    for runs in (finetune_module.training_runs, lambda *told: {}):
         monkeypatch.setattr(finetune_module, "training_runs", runs)
-        shapes.clear()
         student = copy.deepcopy(network)
-        finetune(student, data, TrainSettings(epochs=1, batch_size=10, lr=1e-3), generator=seeded())
-        trained[tuple(dict.fromkeys(shapes))] = student
-    in_stages, formed = trained[(16, 128, 1, 3), (128, 16, 3, 1)], trained[((128, 128, 3, 3),)]
+        with Trainer(student, data, TrainSettings(epochs=1, batch_size=10, lr=1e-3), generator=seeded()) as trainer:
+            trainer.advance(1)
+            shapes.clear()
+            trainer.advance(2)
+        trained[tuple(shapes)] = student
+    in_stages, formed = trained[2 * ((16, 128, 1, 3), (128, 16, 3, 1))], trained[2 * ((128, 128, 3, 3),)]
     for ours, theirs, before in zip(in_stages.parameters(), formed.parameters(), network.parameters(), strict=True):
         assert (ours - theirs).norm() < 1e-2 * (theirs - before).norm()
+
+
+def test_which_layers_these_are_is_found_anew_without_drawing_random_numbers(make_data):
+    data, network, settings = make_data(), wide_network(noisy=True), TrainSettings(epochs=2, batch_size=10)
+    with Trainer(copy.deepcopy(network), data, settings, generator=seeded()) as whole:
+        whole.advance(2)
+        state = {name: tensor.clone() for name, tensor in whole.state().items()}
+        whole.advance(4)
+    with Trainer(copy.deepcopy(network), data, settings, generator=seeded()) as resumed:
+        resumed.restore(state)
+        resumed.advance(4)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 6])

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec
 from kronsearch.training import stages as module
-from kronsearch.training.stages import EFFORTS, training_runs
+from kronsearch.training.stages import PRICES, training_runs
 
 LOW = SeKronSpec(((128, 1, 3, 1), (1, 128, 1, 3)), (16,))
+MANY = SeKronSpec(((128, 1, 1, 1), (1, 1, 3, 3), (1, 128, 1, 1)), (250, 1))
 
 
 class Network(nn.Module):
@@ -15,15 +17,34 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         conv = nn.Conv2d(128, 128, 3, stride=2, padding=1)
-        many = SeKronSpec(((128, 1, 1, 1), (1, 1, 3, 3), (1, 128, 1, 1)), (250, 1))
         self.first = nn.Conv2d(2, 128, 3)
-        self.low, self.many, self.idle = (SeKronConv2d.empty(conv, spec) for spec in (LOW, many, LOW))
-        self.norm, self.drop = nn.BatchNorm2d(128), nn.Dropout(0.5)
+        self.low, self.many, self.idle = (SeKronConv2d.empty(conv, spec) for spec in (LOW, MANY, LOW))
+        self.norm = nn.BatchNorm2d(128)
         self.head = SeKronLinear.empty(nn.Linear(128, 3), SeKronSpec(((1, 128), (3, 1)), (2,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.low(self.low(self.first(x)))
-        return self.head(self.drop(self.norm(self.many(x))).mean((2, 3)))
+        x = F.dropout(self.low(self.low(self.first(x))))  # in eval mode too
+        return self.head(self.norm(self.many(x)).mean((2, 3)))
+
+
+class Films(Network):
+    """The same for each picture of a film (examples, pictures, channels, height, width)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the planner is asked, which leaves every layer as its spec has it."""
+    found = []
+
+    def plan(spec, geometry, positions, prices):
+        found.append((spec, positions, prices))
+        return spec
+
+    monkeypatch.setattr(module, "plan_training", plan)
+    return found
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -31,31 +52,27 @@ def test_wide_layers_of_low_rank_are_run_in_stages_and_nothing_else_changes(prec
     network = Network().train()
     network.head.eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    images, random = torch.rand(64, 2, 66, 66), torch.get_rng_state()
-    runs = training_runs(network, images, precision)
-    assert runs == {"low": ((1,), (0,))}
+    images, random = torch.rand(1, 2, 66, 66), torch.get_rng_state()
+    assert training_runs(network, images, 64, precision) == {"low": ((1,), (0,))}
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not any(layer._forward_hooks for layer in network.modules())
     assert network.low.training
     assert not network.head.training
 
 
-def test_it_is_told_of_all_positions_of_a_batch(monkeypatch):
-    asked = []
+def test_all_positions_of_all_calls_and_examples_count(asked):
+    runs = training_runs(Network(), torch.rand(3, 2, 66, 34), 5, "float32")
+    assert runs == {"low": ((1,), (0,)), "many": ((2,), (1,), (0,))}
+    positions = [5 * (32 * 16 + 16 * 8), 5 * 8 * 4]
+    assert asked == [(spec, count, PRICES["float32"]) for spec, count in zip((LOW, MANY), positions, strict=True)]
 
-    def plan(spec, geometry, positions, effort):
-        asked.append((spec, positions, effort))
-        return spec
 
-    monkeypatch.setattr(module, "plan_training", plan)
-    network = Network()
-    assert training_runs(network, torch.rand(5, 2, 66, 34), "float32") == {
-        "low": ((1,), (0,)),
-        "many": ((2,), (1,), (0,)),
-    }
-    assert asked == [(LOW, 5 * 16 * 8, EFFORTS["float32"]), (network.many.spec, 5 * 8 * 4, EFFORTS["float32"])]
+def test_so_do_those_of_all_pictures_that_an_example_has(asked):
+    training_runs(Films(), torch.rand(3, 7, 2, 66, 34), 5, "bf16")
+    assert [count for _, count, _ in asked] == [7 * 5 * (32 * 16 + 16 * 8), 7 * 5 * 8 * 4]
 
 
 def test_elsewhere_than_on_cpus_and_without_factors_nothing_is_run():
-    assert training_runs(Network(), torch.empty(5, 2, 66, 66, device="meta"), "float32") == {}
-    assert training_runs(nn.Linear(2, 2), torch.rand(5, 3), "float32") == {}  # which it can't be run on
+    assert training_runs(Network(), torch.empty(5, 2, 66, 66, device="meta"), 5, "float32") == {}
+    assert training_runs(nn.Linear(2, 2), torch.rand(5, 3), 5, "float32") == {}  # which it can't be run on
