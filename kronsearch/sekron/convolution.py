@@ -17,7 +17,7 @@ from kronsearch.sekron.inference import Step, across, along, crosses, is_channel
 from kronsearch.sekron.layers import Conv, SeKronLayer, to_dense
 from kronsearch.sekron.layout import Move, plan_layout
 from kronsearch.sekron.metrics import Metric
-from kronsearch.sekron.spec import Run, SeKronSpec
+from kronsearch.sekron.spec import Run, SeKronSpec, all_merged
 
 __all__ = ["SeKronConv", "SeKronConv1d", "SeKronConv2d", "SeKronConv3d", "conv_geometry", "conv_like", "kernels_formed"]
 
@@ -245,7 +245,8 @@ def kernels_formed(
         if isinstance(module, SeKronConv) and module._formed is None
     }
     whole = {name: layer for name, layer in layers.items() if name not in runs}
-    kernels = form_kernels([layer.spec for layer in whole.values()], list(map(_factors, whole.values())), dtype)
+    specs, factors = [layer.spec for layer in whole.values()], [layer._factors() for layer in whole.values()]
+    kernels = form_kernels(specs, factors, dtype)
     formed = dict(zip(whole, kernels, strict=True))
     for name, layer in layers.items():
         stages, digits = _training_stages(layer.spec, layer.geometry, runs.get(name))
@@ -259,15 +260,11 @@ def kernels_formed(
             layer._formed = None
 
 
-def _factors(layer: SeKronConv) -> list[Tensor]:
-    return [factor for factor in layer.factors._parameters.values() if factor is not None]
-
-
 def _stage_weights(
     layer: SeKronConv, stages: Sequence[Stage], digits: Sequence[Move], dtype: torch.dtype | None
 ) -> list[Tensor]:
     """Form the weights of stages in the factors' own precision, inside of autocast too, and round them."""
-    factors = _factors(layer)
+    factors = layer._factors()
     with torch.autocast(factors[0].device.type, enabled=False):
         weights = [layer._weight(factors, stage, move) for stage, move in zip(stages, digits, strict=True)]
     return [weight.to(rounded(weight.dtype, dtype)) for weight in weights]
@@ -278,6 +275,6 @@ def _training_stages(
     spec: SeKronSpec, geometry: Geometry, run: Run | None
 ) -> tuple[tuple[Stage, ...], tuple[Move, ...]]:
     """Return the stages of a run, by default of all factors merged, and the order of the digits of their weights."""
-    spec = replace(spec, run=(tuple(range(spec.sequence_length)),) if run is None else run)
+    spec = replace(spec, run=all_merged(spec.sequence_length) if run is None else run)
     stages = plan_stages(spec, geometry)
     return stages, tuple(view.weight for view in plan_layout(spec, geometry, stages).views)

@@ -83,13 +83,17 @@ class SeKronLayer(nn.Module):
 
     def run(self, data: Tensor) -> Tensor:
         """Run all stages on data (examples, in channels, *positions), and add the bias."""
-        factors = [f for f in self.factors._parameters.values() if f is not None]  # the list takes ten times as long
+        factors = self._factors()
         if not self.training:
             bias = self._parameters["bias"]
             if may_keep(tensors := factors if bias is None else [*factors, bias]):
                 return self._infer(data, tensors)
         self._forget()
         return self._walk(data, self._weights(factors, self._layout))
+
+    def _factors(self) -> list[Tensor]:
+        """Return the factors; to go through their list takes ten times as long."""
+        return [factor for factor in self.factors._parameters.values() if factor is not None]
 
     def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Do the same in eval mode without gradients; the parameters are the factors, and the bias behind them."""

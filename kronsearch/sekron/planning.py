@@ -13,7 +13,7 @@ from math import inf, prod
 from typing import NamedTuple
 
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages, stage_outputs
-from kronsearch.sekron.spec import Run, SeKronSpec
+from kronsearch.sekron.spec import Run, SeKronSpec, all_merged
 
 __all__ = ["StepPrices", "plan_run", "plan_training"]
 
@@ -85,7 +85,7 @@ def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: 
         positions: of the layer's outputs in a step, for all examples and calls together.
         prices: of the machine and precision.
     """
-    best = replace(spec, run=(tuple(range(spec.sequence_length)),))
+    best = replace(spec, run=all_merged(spec.sequence_length))
     least = _WORTH * _step_cost(best, geometry, plan_stages(best, geometry), positions, prices)
     for run in _runs(spec.sequence_length):
         planned = replace(spec, run=run)

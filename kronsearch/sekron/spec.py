@@ -9,7 +9,7 @@ from typing import Literal
 from kronsearch.errors import SpecError
 from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
-__all__ = ["Coupling", "Run", "SeKronSpec"]
+__all__ = ["Coupling", "Run", "SeKronSpec", "all_merged"]
 
 Coupling = Literal["tree", "chain"]
 Run = tuple[tuple[int, ...], ...]
@@ -157,3 +157,8 @@ class SeKronSpec:
 def one_by_one(length: int) -> Run:
     """Return the run of this many factors, last to first, none merged."""
     return tuple((k,) for k in reversed(range(length)))
+
+
+def all_merged(length: int) -> Run:
+    """Return the run that merges this many factors into one, which is the kernel."""
+    return (tuple(range(length)),)

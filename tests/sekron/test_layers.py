@@ -613,7 +613,7 @@ def test_kernels_are_formed_in_the_factors_precision_and_only_inside(monkeypatch
     assert len(weights) == 2
 
 
-def test_weights_of_stages_are_formed_in_the_factors_precision_too(monkeypatch):
+def test_weights_of_stages_are_formed_in_the_factors_precision_too():
     spec = SeKronSpec(((64, 1, 1, 1), (1, 1, 3, 3), (1, 64, 1, 1)), (16, 1))
     layer = SeKronConv2d.empty(nn.Conv2d(64, 64, 3), spec)
     for factor in layer.factors:
