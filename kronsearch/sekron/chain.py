@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["balance_chain", "chain_squares", "contract_chain", "fit_chain"]
+from kronsearch.sekron.contraction import contract
+
+__all__ = ["balance_chain", "chain_squares", "fit_chain"]
 
 _SWEEPS = 100
 _TOLERANCE = 1e-6  # of the squared error from one sweep to the next: they are cheap, and converge linearly
@@ -22,14 +24,6 @@ def as_cores(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """View factor matrices (ranks of its own, n_k) as cores (R_{k-1}, R_k, n_k)."""
     edges = (1, *ranks, 1)
     return [m.reshape(edges[k], edges[k + 1], m.shape[-1]) for k, m in enumerate(matrices)]
-
-
-def contract_chain(matrices: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """Return the tensor (n_1, …, n_S) of a chain's factor matrices. Differentiable."""
-    left = matrices[0].new_ones(1, 1)
-    for core in as_cores(matrices, ranks):
-        left = _append(left, core)
-    return left.reshape([matrix.shape[-1] for matrix in matrices])
 
 
 def _append(left: Tensor, core: Tensor) -> Tensor:
@@ -63,7 +57,7 @@ def fit_chain(tensor: Tensor, ranks: Sequence[int], *, refine: bool = True) -> t
             if before - squared < _TOLERANCE * max(squared, _TOLERANCE):
                 break
     matrices = [core.flatten(0, 1) for core in cores]
-    error = float((tensor - contract_chain(matrices, ranks)).square().sum())
+    error = float((tensor - contract(matrices, ranks)).square().sum())
     return matrices, error / energy if energy > 0 else 0.0
 
 

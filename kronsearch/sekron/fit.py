@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import balance, contract
+from kronsearch.sekron.tensors import balance
 
 __all__ = ["RESTRAINT", "fit", "grow", "working_dtype"]
 

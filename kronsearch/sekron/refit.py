@@ -7,15 +7,17 @@ quasi-Newton method (L-BFGS: Liu and Nocedal, 1989), with the restraint on the t
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor
 
+from kronsearch.sekron.contraction import contract_and_pull
 from kronsearch.sekron.fit import RESTRAINT
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tensors import as_factors, leaves, reconstruct
+from kronsearch.sekron.tensors import fold_kernel, leaves, unfold_kernel
 
 __all__ = ["refit"]
 
@@ -37,35 +39,34 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
         Factor matrices, in the dtype of those they began as: of those seen the ones of the least error, the terms'
         squared norms counted in for trees of three factors and more, which could cancel otherwise.
     """
-    dtype = matrices[0].dtype
-    inputs, outputs = metric.regularised(kernel.device, dtype)
-    target = kernel.detach().to(dtype).flatten(1)
+    # the errors of single precision are far below those of a decomposition, and take half the time
+    working = torch.promote_types(kernel.dtype, torch.float32)
+    inputs, outputs = metric.regularised(kernel.device, working)
+    target = kernel.detach().to(working).flatten(1)
     energy = float(((target if outputs is None else outputs @ target) @ inputs).mul_(target).sum())
     if energy <= 0:
         return list(matrices)
     size = float(target.square().sum())
     restrained = spec.coupling == "tree" and spec.sequence_length > 2
-    parameters = [matrix.detach().clone().requires_grad_() for matrix in matrices]
+    parameters = [matrix.detach().to(working, copy=True) for matrix in matrices]
     weight: float | None = None
     best, found = float("inf"), list(matrices)
 
     def objective() -> float:
         nonlocal weight, best, found
-        with torch.enable_grad():
-            formed = reconstruct(as_factors(parameters, spec), spec).flatten(1)
-        lost = target - formed.detach()
+        tensor, pull = contract_and_pull(parameters, spec.ranks)
+        lost = target - fold_kernel(tensor, spec.factor_shapes).flatten(1)
         weighted = (lost if outputs is None else outputs @ lost) @ inputs
         value = float((weighted * lost).sum()) / energy
-        gradients = torch.autograd.grad(formed, parameters, weighted * (-2 / energy))
+        slope = (weighted * (-2 / energy)).reshape(kernel.shape)
+        gradients = pull(unfold_kernel(slope, spec.factor_shapes))
         if weight is None:
-            weight = RESTRAINT * value if restrained else 0.0
+            weight = RESTRAINT * value / size if restrained else 0.0
         if weight > 0:
-            with torch.enable_grad():
-                squares = [column.square().sum(1) for column in leaves(parameters, spec.ranks)]
-                terms = torch.stack(squares).prod(0).sum() * (weight / size)
-            others = torch.autograd.grad(terms, parameters)
-            gradients = tuple(own + other for own, other in zip(gradients, others, strict=True))
-            value += float(terms.detach())
+            squares, slopes = _terms(parameters, spec.ranks)
+            value += weight * squares
+            for gradient, other in zip(gradients, slopes, strict=True):
+                gradient.add_(other, alpha=weight)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if value < best:
@@ -78,4 +79,14 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
         parameters, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
     )
     optimiser.step(objective)  # type: ignore[no-untyped-call]
-    return found
+    return [matrix.to(matrices[0].dtype) for matrix in found]
+
+
+def _terms(matrices: Sequence[Tensor], ranks: Sequence[int]) -> tuple[float, list[Tensor]]:
+    """Return the sum of a tree's terms' squared norms, and its gradient by each factor matrix."""
+    squares = leaves([matrix.square().sum(1, keepdim=True) for matrix in matrices], ranks)
+    gradients = []
+    for k, matrix in enumerate(matrices):
+        others = reduce(torch.mul, (square for j, square in enumerate(squares) if j != k))
+        gradients.append(2 * matrix * others.reshape(len(matrix), -1).sum(1, keepdim=True))
+    return float(reduce(torch.mul, squares).sum()), gradients

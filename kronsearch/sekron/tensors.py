@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kronsearch.errors import SpecError
-from kronsearch.sekron.chain import balance_chain, contract_chain
+from kronsearch.sekron.chain import balance_chain
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 
@@ -78,24 +79,6 @@ def as_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ..
     return tuple(m.reshape(shape) for m, shape in zip(matrices, spec.tensor_shapes, strict=True))
 
 
-def contract(matrices: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """Sum the outer products of all terms: the tensor (n_1, …, n_S) of factor matrices (terms of its own, n_k).
-
-    The innermost sums are done first, as the terms are nested: of CP it is one product with its Khatri-Rao product.
-    """
-    *others, tail = matrices
-    for matrix, rank in zip(reversed(others), reversed(ranks), strict=True):
-        terms = len(matrix) // rank
-        if rank == 1:
-            tail = matrix[:, :, None] * tail[:, None, :]
-        elif terms == 1:
-            tail = matrix.T @ tail
-        else:
-            tail = matrix.reshape(terms, rank, -1).transpose(1, 2) @ tail.reshape(terms, rank, -1)
-        tail = tail.reshape(terms, -1)
-    return tail.reshape([matrix.shape[1] for matrix in matrices])
-
-
 def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
     """Return the kernel (out channels, in channels, *extent) of factors (Hameed et al., SeKron, 2022, equation 3).
 
@@ -104,8 +87,7 @@ def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
     Raises:
         SpecError: the factors' shapes are not those of the spec.
     """
-    join = contract if spec.coupling == "tree" else contract_chain
-    return fold_kernel(join(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+    return fold_kernel(contract(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
 
 
 def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> Tensor:

@@ -38,6 +38,7 @@ from kronsearch.sekron import (
     plan_run,
 )
 from kronsearch.sekron.chain import fit_chain
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.execution import Geometry
 from kronsearch.sekron.fit import fit, grow
 from kronsearch.sekron.refit import refit
@@ -47,7 +48,6 @@ from kronsearch.sekron.tensors import (
     as_factors,
     as_matrices,
     balanced_factors,
-    contract,
     leaves,
     reconstruct,
     unfold_kernel,

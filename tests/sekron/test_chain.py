@@ -3,7 +3,8 @@ import torch
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron import SeKronSpec, decompose, reconstruct, relative_error
-from kronsearch.sekron.chain import balance_chain, chain_squares, contract_chain, fit_chain
+from kronsearch.sekron.chain import balance_chain, chain_squares, fit_chain
+from kronsearch.sekron.contraction import contract
 
 
 def draw(*shape, seed=0):
@@ -15,22 +16,13 @@ def draw_chain(sizes, ranks, seed=0):
     return [draw(edges[k] * edges[k + 1], n, seed=seed + k) for k, n in enumerate(sizes)]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "ranks"), [((5, 4, 6), (3, 2)), ((4, 2, 3, 5), (2, 3, 4)), ((6, 5), (3,)), ((7,), ())]
-)
-def test_contraction_is_the_sum_over_neighbouring_ranks(sizes, ranks, naive_outer):
-    matrices = draw_chain(sizes, ranks)
-    expected = naive_outer(matrices, ranks, "chain")
-    torch.testing.assert_close(contract_chain(matrices, ranks), torch.from_numpy(expected))
-
-
 @pytest.mark.parametrize(("sizes", "ranks"), [((5, 4, 6), (3, 2)), ((4, 2, 3, 5), (2, 3, 4)), ((8, 3, 8), (8, 8))])
 @pytest.mark.parametrize("refine", [False, True])
 def test_chains_are_found_again(sizes, ranks, refine):
-    tensor = contract_chain(draw_chain(sizes, ranks), ranks)
+    tensor = contract(draw_chain(sizes, ranks), ranks)
     matrices, error = fit_chain(tensor, ranks, refine=refine)
     assert error < 1e-25
-    torch.testing.assert_close(contract_chain(matrices, ranks), tensor)
+    torch.testing.assert_close(contract(matrices, ranks), tensor)
 
 
 @pytest.mark.parametrize("sizes", [(5, 4, 6), (3, 7, 2), (9, 2, 3)])
@@ -41,7 +33,7 @@ def test_squares_are_those_of_truncated_svds_at_all_ranks(sizes):
     for first in range(1, squares.shape[0] + 1):
         for second in range(1, squares.shape[1] + 1):
             matrices, _ = fit_chain(tensor, (first, second), refine=False)
-            left = (tensor - contract_chain(matrices, (first, second))).square().sum()
+            left = (tensor - contract(matrices, (first, second))).square().sum()
             torch.testing.assert_close(squares[first - 1, second - 1], left, rtol=1e-10, atol=1e-12)
 
 
@@ -52,7 +44,7 @@ def test_fits_are_below_truncated_svds_and_stationary(sizes, ranks):
     matrices, error = fit_chain(tensor, ranks)
     assert error < truncated
     leaves = [matrix.requires_grad_() for matrix in balance_chain(matrices, ranks)]
-    loss = (tensor - contract_chain(leaves, ranks)).square().sum()
+    loss = (tensor - contract(leaves, ranks)).square().sum()
     gradients = torch.autograd.grad(loss, leaves)
     assert max(float(gradient.norm()) for gradient in gradients) < 1e-2 * float(tensor.norm())
 
@@ -74,7 +66,7 @@ def test_balanced_chains_are_the_same_tensor_with_equal_norms(sizes, ranks):
     matrices = draw_chain(sizes, ranks)
     matrices[0] *= 1e6
     balanced = balance_chain(matrices, ranks)
-    torch.testing.assert_close(contract_chain(balanced, ranks), contract_chain(matrices, ranks))
+    torch.testing.assert_close(contract(balanced, ranks), contract(matrices, ranks))
     norms = [float(matrix.norm()) for matrix in balanced]
     assert max(norms) == pytest.approx(min(norms))
     # each side of a bond carries the square root of its singular values, up to the factors' common scales
@@ -89,9 +81,7 @@ def test_a_tensor_of_zeros_and_ranks_beyond_a_core_are_no_trouble():
     tensor = draw(8, 2, 8)
     matrices, error = fit_chain(tensor, (7, 2))  # a middle core of 2 × 2 entries to each of 7 ranks has but 4 columns
     assert [tuple(matrix.shape) for matrix in matrices] == [(7, 8), (14, 2), (2, 8)]
-    torch.testing.assert_close(
-        contract_chain(balance_chain(matrices, (7, 2)), (7, 2)), contract_chain(matrices, (7, 2))
-    )
+    torch.testing.assert_close(contract(balance_chain(matrices, (7, 2)), (7, 2)), contract(matrices, (7, 2)))
 
 
 @pytest.mark.parametrize("refine", [None, True, False])

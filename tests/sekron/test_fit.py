@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.fit import begin, fit, grow, largest_terms, solve, sweep
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import balance, contract, leaves
+from kronsearch.sekron.tensors import balance, leaves
 
 
 def tree_matrices(sizes, ranks, generator):

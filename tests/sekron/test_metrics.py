@@ -17,8 +17,9 @@ from kronsearch.sekron import (
     reconstruct,
 )
 from kronsearch.sekron import metrics as module
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.metrics import nearest_kronecker
-from kronsearch.sekron.tensors import as_matrices, contract, unfold_kernel
+from kronsearch.sekron.tensors import as_matrices, unfold_kernel
 
 RIDGE = 1e-3  # of the mean eigenvalue, which the weighting adds to every eigenvalue of every part
 PAIRS = [

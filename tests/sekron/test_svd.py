@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.svd import recursive_svd
-from kronsearch.sekron.tensors import contract
 
 SEEDS = st.integers(0, 2**16)
 
