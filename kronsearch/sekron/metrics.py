@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kronsearch.sekron.shapes import FactorShapes
 
-__all__ = ["Metric", "Moments", "nearest_kronecker"]
+__all__ = ["Metric", "Moments", "Root", "nearest_kronecker"]
 
 _SWEEPS = 2  # of the alternation for the nearest Kronecker product; it starts near, at the partial traces
 _RIDGE = 1e-3  # of the mean eigenvalue, added to each: directions that calibration never saw keep a small weight
 
-Roots = tuple[Tensor, Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def nearest_kronecker(moment: Tensor, shapes: Sequence[Sequence[int]]) -> list[T
     return [(matrix + matrix.T) / 2 for matrix in matrices]
 
 
-def _roots(matrix: Tensor) -> Roots:
+def _roots(matrix: Tensor) -> _Pair:
     """Return the symmetric square root of a positive semidefinite matrix, regularised, and its inverse."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp_min(0)
@@ -87,6 +87,27 @@ def _ridged(matrix: Tensor) -> Tensor:
     return matrix + _RIDGE * mean * eye if mean > 0 else eye
 
 
+class Root:
+    """A symmetric matrix `G ⊗ Ω` that the columns of factor matrices (rows, n_k) are multiplied by.
+
+    Args:
+        inputs: `Ω`.
+        outputs: `G`; None for the identity.
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
+        if outputs is not None and min(len(inputs), len(outputs)) == 1:  # one of the two is a number
+            inputs, outputs = torch.kron(outputs, inputs), None
+        self._inputs, self._outputs = inputs, outputs
+
+    def on(self, matrix: Tensor) -> Tensor:
+        """Multiply the columns of a matrix (rows, n_k)."""
+        block = matrix.reshape(len(matrix), -1, len(self._inputs)) @ self._inputs
+        if self._outputs is not None:
+            block = self._outputs @ block
+        return block.reshape(matrix.shape)
+
+
 class Metric:
     """The weighting of a layer's kernel by its moments, for any sequence of factors.
 
@@ -99,7 +120,7 @@ class Metric:
 
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
-        self._kept: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[Roots]] = {}
+        self._kept: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[_Pair]] = {}
 
     def forget(self) -> None:
         """Drop the kept roots, hundreds of megabytes for a wide layer; they are formed again where they are needed."""
@@ -110,33 +131,33 @@ class Metric:
         inputs, outputs = self.moments.inputs, self.moments.outputs
         return _ridged(inputs.to(device, dtype)), None if outputs is None else _ridged(outputs.to(device, dtype))
 
-    def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[Roots]:
+    def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[_Pair]:
         key = (outputs, shapes)
         if key not in self._kept:
             self._kept[key] = [_roots(part) for part in nearest_kronecker(moment.double(), shapes)]
         return self._kept[key]
 
-    def _mode(self, rows: Tensor, factor_shapes: FactorShapes, k: int, which: int) -> Tensor:
-        """Multiply the columns of a matrix (rows, n_k) by the root (which = 0) of M_k, or by its inverse (1)."""
-        block = rows.reshape(len(rows), factor_shapes[k][0], -1)
-        inputs = self._parts(self.moments.inputs, False, tuple(shape[1:] for shape in factor_shapes))
-        block = block @ inputs[k][which].to(rows)
-        if self.moments.outputs is not None:
-            outputs = self._parts(self.moments.outputs, True, tuple(shape[:1] for shape in factor_shapes))
-            block = outputs[k][which].to(rows) @ block
-        return block.reshape(rows.shape)
+    def roots(self, factor_shapes: FactorShapes, k: int, like: Tensor) -> tuple[Root, Root]:
+        """Return the root M_k of a factor and its inverse, in the dtype and on the device of a tensor."""
+        inputs = self._parts(self.moments.inputs, False, tuple(shape[1:] for shape in factor_shapes))[k]
+        if self.moments.outputs is None:
+            first, second = (Root(own.to(like)) for own in inputs)
+        else:
+            outputs = self._parts(self.moments.outputs, True, tuple(shape[:1] for shape in factor_shapes))[k]
+            first, second = (Root(own.to(like), left.to(like)) for own, left in zip(inputs, outputs, strict=True))
+        return first, second
 
     def weight(self, tensor: Tensor, factor_shapes: FactorShapes) -> Tensor:
         """Weight every mode of an unfolded kernel (n_1, …, n_S)."""
         for k in range(tensor.ndim):
             moved = tensor.movedim(k, -1)
-            rows = self._mode(moved.reshape(-1, moved.shape[-1]), factor_shapes, k, 0)
+            rows = self.roots(factor_shapes, k, tensor)[0].on(moved.reshape(-1, moved.shape[-1]))
             tensor = rows.reshape(moved.shape).movedim(-1, k)
         return tensor
 
     def unweight(self, matrices: Sequence[Tensor], factor_shapes: FactorShapes) -> list[Tensor]:
         """Take the weight off factor matrices (terms, n_k)."""
-        return [self._mode(matrix, factor_shapes, k, 1) for k, matrix in enumerate(matrices)]
+        return [self.roots(factor_shapes, k, matrix)[1].on(matrix) for k, matrix in enumerate(matrices)]
 
     def energy(self, kernel: Tensor) -> float:
         """Return `tr(G W Ω Wᵀ)` of a kernel or of a difference of kernels, with the moments as they are."""

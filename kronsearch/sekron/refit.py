@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kronsearch.sekron.contraction import contract_and_pull
+from kronsearch.sekron.coordinates import Coordinates
 from kronsearch.sekron.fit import RESTRAINT
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
@@ -47,36 +48,39 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
     if energy <= 0:
         return list(matrices)
     size = float(target.square().sum())
-    restrained = spec.coupling == "tree" and spec.sequence_length > 2
-    parameters = [matrix.detach().to(working, copy=True) for matrix in matrices]
-    weight: float | None = None
-    best, found = float("inf"), list(matrices)
+    begun = [matrix.detach().to(working) for matrix in matrices]
 
-    def objective() -> float:
-        nonlocal weight, best, found
+    def measured(parameters: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         tensor, pull = contract_and_pull(parameters, spec.ranks)
         lost = target - fold_kernel(tensor, spec.factor_shapes).flatten(1)
         weighted = (lost if outputs is None else outputs @ lost) @ inputs
-        value = float((weighted * lost).sum()) / energy
         slope = (weighted * (-2 / energy)).reshape(kernel.shape)
-        gradients = pull(unfold_kernel(slope, spec.factor_shapes))
-        if weight is None:
-            weight = RESTRAINT * value / size if restrained else 0.0
-        if weight > 0:
+        return float((weighted * lost).sum()) / energy, pull(unfold_kernel(slope, spec.factor_shapes))
+
+    restrained = spec.coupling == "tree" and spec.sequence_length > 2
+    restraint = RESTRAINT * measured(begun)[0] / size if restrained else 0.0
+    coordinates = Coordinates(begun, spec, metric, energy=energy, restraint=restraint)
+    best, found = float("inf"), begun
+
+    def objective() -> float:
+        nonlocal best, found
+        parameters = coordinates.matrices(moving)
+        value, gradients = measured(parameters)
+        if restraint > 0:
             squares, slopes = _terms(parameters, spec.ranks)
-            value += weight * squares
-            for gradient, other in zip(gradients, slopes, strict=True):
-                gradient.add_(other, alpha=weight)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            value += restraint * squares
+            gradients = [own + restraint * other for own, other in zip(gradients, slopes, strict=True)]
+        for moved, gradient in zip(moving, coordinates.matrices(gradients), strict=True):
+            moved.grad = gradient
         if value < best:
-            best, found = value, [parameter.detach().clone() for parameter in parameters]
+            best, found = value, parameters
         return value
 
+    moving = [matrix.clone() for matrix in coordinates.start]
     work = target.numel() * (sum(target.shape) + prod(spec.ranks))
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, _WORK // work))
     optimiser = torch.optim.LBFGS(
-        parameters, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
+        moving, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
     )
     optimiser.step(objective)  # type: ignore[no-untyped-call]
     return [matrix.to(matrices[0].dtype) for matrix in found]

@@ -1,0 +1,77 @@
+"""Coordinates of factors in which what is minimised is about as steep in all directions, and a descent is short.
+
+The squared error has the curvature `(A ⊗ M²)` in a factor (rows, n_k), where `M` is the root of the metric's part of
+it and `A` the Gram matrix of what the other factors' products come to for each of its rows. Both are near enough to
+constant when factors begin near an optimum. With their roots taken into the coordinates, L-BFGS has the error after 100
+steps that it has after 200 to 300 without (layers of ResNet-20 at half its MACs).
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from kronsearch.sekron.metrics import Metric
+from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.sekron.tensors import leaves
+
+__all__ = ["Coordinates"]
+
+_RIDGE = 1e-2  # of A's largest eigenvalue; from 1e-8 to 1e-3 the error falls more slowly, with 0.1 about as fast
+
+
+class Coordinates:
+    """The linear map between factor matrices and their coordinates, which is its own transpose.
+
+    Args:
+        matrices: factor matrices (rows, n_k) that a descent begins with.
+        spec: of the factors.
+        metric: of the layer.
+        energy: what squared errors in the metric are divided by.
+        restraint: what the sum of the terms' squared norms is multiplied by.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Tensor], spec: SeKronSpec, metric: Metric, *, energy: float, restraint: float
+    ) -> None:
+        roots = [metric.roots(spec.factor_shapes, k, matrix) for k, matrix in enumerate(matrices)]
+        weighed = [root.on(matrix) for (root, _), matrix in zip(roots, matrices, strict=True)]
+        self._columns = [inverse for _, inverse in roots]
+        self._rows: list[Tensor] | None = None
+        self.start = weighed  # the coordinates of the matrices
+        if spec.coupling == "tree":
+            curvatures = _curvatures(weighed, matrices, spec, energy, restraint)
+            halves = [_halves(curvature) for curvature in curvatures]
+            self._rows = [inverse for _, inverse in halves]
+            self.start = [half @ matrix for (half, _), matrix in zip(halves, weighed, strict=True)]
+
+    def matrices(self, coordinates: Sequence[Tensor]) -> list[Tensor]:
+        """Return the factor matrices at some coordinates; of a gradient by the matrices, that by the coordinates."""
+        mixed = coordinates if self._rows is None else [a @ b for a, b in zip(self._rows, coordinates, strict=True)]
+        return [inverse.on(matrix) for inverse, matrix in zip(self._columns, mixed, strict=True)]
+
+
+def _curvatures(
+    weighed: Sequence[Tensor], plain: Sequence[Tensor], spec: SeKronSpec, energy: float, restraint: float
+) -> list[Tensor]:
+    """Return the curvature (rows, rows) of error and restraint by each factor of a tree, but for the columns' part."""
+    grams = [column @ column.T for column in leaves(weighed, spec.ranks)]
+    squares = [column.square().sum(1) for column in leaves(plain, spec.ranks)]
+    found = []
+    for k, matrix in enumerate(weighed):
+        others = reduce(torch.mul, (gram for j, gram in enumerate(grams) if j != k)) / energy
+        others.diagonal().add_(
+            reduce(torch.mul, (square for j, square in enumerate(squares) if j != k)), alpha=restraint
+        )
+        own = len(matrix)
+        found.append(others.reshape(own, len(others) // own, own, -1).sum((1, 3)))
+    return found
+
+
+def _halves(curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the symmetric root of a positive semidefinite matrix, raised by a ridge, and its inverse."""
+    values, vectors = torch.linalg.eigh(curvature)
+    most = float(values[-1])
+    values = values.clamp_min(0) + _RIDGE * most if most > 0 else torch.ones_like(values)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

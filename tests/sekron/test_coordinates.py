@@ -1,0 +1,74 @@
+"""Coordinates of factors: the way there and back, and that the error is round in them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronsearch.sekron import Metric, Moments, SeKronSpec, coordinates
+from kronsearch.sekron.contraction import contract
+from kronsearch.sekron.coordinates import Coordinates
+from kronsearch.sekron.tensors import as_matrices, leaves
+
+SEEDS = st.integers(0, 2**16)
+
+
+def definite(n, generator):
+    rows = torch.randn(2 * n, n, generator=generator, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+@pytest.fixture(scope="module")
+def draw_case(draw_spec, random_factors):
+    def draw(data, seed, couplings):
+        spec = draw_spec(data.draw, modes=3, length=data.draw(st.integers(2, 4)), entries=100, couplings=couplings)
+        generator = torch.Generator().manual_seed(seed)
+        shape = spec.kernel_shape
+        moments = Moments(definite(shape[1] * shape[2], generator), definite(shape[0], generator))
+        return spec, as_matrices(random_factors(spec, seed), spec), Metric(moments), generator
+
+    return draw
+
+
+@given(data=st.data(), seed=SEEDS)
+@settings(deadline=None)
+def test_the_way_there_and_back(data, seed, draw_case):
+    spec, matrices, metric, _ = draw_case(data, seed, ("tree", "chain"))
+    there = Coordinates(matrices, spec, metric, energy=3.0, restraint=0.1)
+    torch.testing.assert_close(there.matrices(there.start), matrices)
+
+
+@given(data=st.data(), seed=SEEDS)
+@settings(deadline=None)
+def test_the_map_is_its_own_transpose(data, seed, draw_case):
+    spec, matrices, metric, generator = draw_case(data, seed, ("tree", "chain"))
+    there = Coordinates(matrices, spec, metric, energy=3.0, restraint=0.1)
+    ours, theirs = ([torch.randn(m.shape, generator=generator, dtype=m.dtype) for m in matrices] for _ in range(2))
+    for a, b, mapped_a, mapped_b in zip(ours, theirs, there.matrices(ours), there.matrices(theirs), strict=True):
+        torch.testing.assert_close((mapped_a * b).sum(), (a * mapped_b).sum())
+
+
+@given(data=st.data(), seed=SEEDS)
+@settings(deadline=None)
+def test_a_step_in_one_factor_costs_the_square_of_its_length(data, seed, draw_case):
+    """What the factor forms with the others costs that, and what the restraint takes of its terms."""
+    spec, matrices, _, generator = draw_case(data, seed, ("tree",))
+    shape, energy, restraint = spec.kernel_shape, 3.0, 0.1
+    metric = Metric(Moments(torch.eye(shape[1] * shape[2]), torch.eye(shape[0])))  # exact for terms as well
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinates, "_RIDGE", 0.0)
+        there = Coordinates(matrices, spec, metric, energy=energy, restraint=restraint)
+    for k, matrix in enumerate(matrices):
+        step = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype)
+        moved = list(matrices)
+        moved[k] = there.matrices([step if j == k else torch.zeros_like(m) for j, m in enumerate(matrices)])[k]
+        formed = metric.weight(contract(moved, spec.ranks), spec.factor_shapes).square().sum()
+        terms = torch.stack([leaf.square().sum(1) for leaf in leaves(moved, spec.ranks)]).prod(0).sum()
+        torch.testing.assert_close(formed / energy + restraint * terms, step.square().sum(), rtol=3e-3, atol=0)
+
+
+def test_factors_of_zeros_have_coordinates():
+    spec = SeKronSpec(((6, 1, 1), (1, 1, 3), (1, 4, 1)), (2, 1))
+    matrices = [torch.zeros(2, 6), torch.ones(2, 3), torch.ones(2, 4)]
+    there = Coordinates(matrices, spec, Metric(Moments(torch.eye(12))), energy=1.0, restraint=0.0)
+    torch.testing.assert_close(there.matrices(there.start), matrices)
