@@ -24,7 +24,7 @@ __all__ = ["refit"]
 
 _MOST_STEPS, _FEWEST_STEPS = 100, 20
 _WORK = 300_000_000_000  # multiply-accumulates for all steps, between those two
-_HISTORY = 20  # steps that the curvature is told from
+_HISTORY = 10  # steps that the curvature is told from; with 20 it takes a tenth longer, and ends 0.2 % lower
 
 
 def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: Metric) -> list[Tensor]:
@@ -64,23 +64,25 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
 
     def objective() -> float:
         nonlocal best, found
-        parameters = coordinates.matrices(moving)
+        parameters = coordinates.matrices(
+            [part.view_as(m) for part, m in zip(moving.split_with_sizes(sizes), begun, strict=True)]
+        )
         value, gradients = measured(parameters)
         if restraint > 0:
             squares, slopes = _terms(parameters, spec.ranks)
             value += restraint * squares
             gradients = [own + restraint * other for own, other in zip(gradients, slopes, strict=True)]
-        for moved, gradient in zip(moving, coordinates.matrices(gradients), strict=True):
-            moved.grad = gradient
+        moving.grad = torch.cat([gradient.flatten() for gradient in coordinates.matrices(gradients)])
         if value < best:
             best, found = value, parameters
         return value
 
-    moving = [matrix.clone() for matrix in coordinates.start]
+    sizes = [matrix.numel() for matrix in begun]
+    moving = torch.cat([matrix.flatten() for matrix in coordinates.start])  # one tensor, which L-BFGS is faster with
     work = target.numel() * (sum(target.shape) + prod(spec.ranks))
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, _WORK // work))
     optimiser = torch.optim.LBFGS(
-        moving, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
+        [moving], max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe", tolerance_grad=0
     )
     optimiser.step(objective)  # type: ignore[no-untyped-call]
     return [matrix.to(matrices[0].dtype) for matrix in found]
