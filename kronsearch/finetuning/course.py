@@ -1,6 +1,7 @@
 """The course of one fine-tune: it begins, or goes on where an earlier process left it, and runs to its end."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ class Ended:
         network: the best one by the validation score.
         record: of all evaluations.
         was_done: whether an earlier call had come to the end.
-        seconds: of training in this call.
+        seconds: that this call trained for, evaluations included.
     """
 
     plan: Plan
@@ -161,6 +162,7 @@ class Course:
             if state is not None:
                 self._restore(trainer, state)
             was_done = trainer.step == trainer.total_steps
+            began = time.monotonic()
             if not was_done:
                 record = Loop(
                     trainer,
@@ -170,9 +172,10 @@ class Course:
                     out=self._out if self._team.leads else None,
                     tell=tell,
                 ).run()
+            seconds = time.monotonic() - began
         weights = load_state_dict(self._out / COMPRESSED, wrapped=False) if self._team.leads else {}
         small.load_state_dict(self._team.from_leader(weights))
-        return Ended(plan, small, record, was_done, trainer.seconds)
+        return Ended(plan, small, record, was_done, seconds)
 
     def _restore(self, trainer: Trainer, state: dict[str, Tensor]) -> None:
         try:

@@ -77,7 +77,7 @@ def tuned(
         tell: see `Loop`.
 
     Returns:
-        The best network by the validation score, and the seconds of training in this call.
+        The best network by the validation score, and the seconds that this call trained for, evaluations included.
 
     Raises:
         StudyError: the loss is no longer finite.

@@ -67,7 +67,7 @@ class ScoredFront:
         trials: a row for each finished trial.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
-        tuning: seconds of these in which a network was trained.
+        tuning: seconds of these that fine-tunes took, their evaluations included.
     """
 
     points: tuple[ScoredPoint, ...]

@@ -47,7 +47,7 @@ class SearchResult:
         trials: a row for each finished trial.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
-        tuning: seconds of these in which a network was trained.
+        tuning: seconds of these that fine-tunes took, their evaluations included.
     """
 
     plan: Plan

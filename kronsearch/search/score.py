@@ -34,7 +34,7 @@ _PROXY = 11  # stream of random numbers
 class Scorer:
     """A dense network, its data, and what is kept between trials.
 
-    `validate` evaluates on the validation split, `tuning` is how many seconds it has trained for.
+    `validate` evaluates on the validation split, `tuning` is how many seconds its fine-tunes took, evaluated after.
 
     Args:
         dense: the network, on `device`; it is the teacher, and is never changed.
@@ -109,5 +109,7 @@ class Scorer:
             generator=stream(seed, _PROXY),
             device=self.device,
         )
+        finite = math.isfinite(report.loss)
+        found = self.validate(model) if finite else Evaluation(math.nan, report.loss, math.nan, 0)
         self.tuning += time.monotonic() - began
-        return self.validate(model) if math.isfinite(report.loss) else Evaluation(math.nan, report.loss, math.nan, 0)
+        return found

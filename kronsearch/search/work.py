@@ -155,7 +155,7 @@ class Work:
 
     @property
     def tuning(self) -> float:
-        """Seconds in which a network was trained."""
+        """Seconds that fine-tunes took, their evaluations included."""
         return self._final_seconds + (0.0 if self._scorer is None else self._scorer.tuning)
 
     def _scorer_with(self, prepared: Prepared) -> Scorer | None:

@@ -67,7 +67,6 @@ class Trainer:
     ) -> None:
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
-        self.seconds = 0.0  # spent in steps
         self._device, self._team = torch.device(device), team
         self._task, self._teacher = data.task, teacher
         self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
@@ -128,9 +127,7 @@ class Trainer:
                 self._average.update(self.step)
         # .item() waits for the device, so it goes before the clock.
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
-        took = time.perf_counter() - started
-        self.seconds += took
-        speed = examples / took
+        speed = examples / (time.perf_counter() - started)
         return StepReport(self.step, self.total_steps, mean_loss, rate, speed)
 
     def _mixed(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Labels]:
