@@ -131,16 +131,17 @@ def sweep(
     """
     terms, last = prod(ranks), len(matrices) - 1
     columns = [repeated(matrix, terms) for matrix in matrices]
-    grams = [product(column, column.T) for column in columns]
+    upright = [np.ascontiguousarray(column.T) for column in columns]
+    grams = [product(column, tall) for column, tall in zip(columns, upright, strict=True)]
     squared = norms = 0.0
-    shared = product(tensor.reshape(-1, tensor.shape[-1]), columns[last].T).reshape(*tensor.shape[:-1], terms)
+    shared = product(tensor.reshape(-1, tensor.shape[-1]), upright[last]).reshape(*tensor.shape[:-1], terms)
     for k in range(last + 1):
         if k < last:
             partial, modes = shared, ascii_lowercase[:last]
-            for mode, column in zip(modes, columns, strict=False):
+            for mode, tall in zip(modes, upright, strict=False):
                 if mode != ascii_lowercase[k]:
                     rest = modes.replace(mode, "")
-                    partial = np.einsum(f"{modes}z,z{mode}->{rest}z", partial, column)
+                    partial = np.einsum(f"{modes}z,{mode}z->{rest}z", partial, tall)
                     modes = rest
             moment = partial.T
         else:
@@ -154,12 +155,13 @@ def sweep(
         if own < terms:
             moment = moment.reshape(own, terms // own, -1).sum(1)
             gram = gram.reshape(own, terms // own, own, terms // own).sum((1, 3))
-        matrices[k] = solve(gram + np.diag(weight * restraint), moment, matrices[k])
+        matrices[k] = solve(gram, weight * restraint, moment, matrices[k])
         if k == last:
             squared = energy + float((matrices[k] * (product(gram, matrices[k]) - 2 * moment)).sum())
             norms = float(restraint @ np.square(matrices[k]).sum(1))
         columns[k] = repeated(matrices[k], terms)
-        grams[k] = product(columns[k], columns[k].T)
+        upright[k] = np.ascontiguousarray(columns[k].T)
+        grams[k] = product(columns[k], upright[k])
     return squared, norms
 
 
@@ -173,12 +175,12 @@ def product(left: Array, right: Array) -> Array:
     return np.asarray(torch.from_numpy(left).mm(torch.from_numpy(right)).numpy())
 
 
-def solve(gram: Array, moment: Array, previous: Array) -> Array:
-    """Solve `gram X = moment` for one factor; near-singular directions stay as they were in `previous`."""
-    delta = _PROXIMAL * float(gram.trace()) / len(gram)
+def solve(gram: Array, diagonal: Array, moment: Array, previous: Array) -> Array:
+    """Solve `(gram + diagonal) X = moment` for one factor; near-singular directions stay as they are in `previous`."""
+    delta = _PROXIMAL * float(gram.trace() + diagonal.sum()) / len(gram)
     for _ in range(8):
         shifted = gram.copy()
-        shifted.flat[:: len(gram) + 1] += delta
+        shifted.reshape(-1)[:: len(gram) + 1] += diagonal + delta
         triangle, failed = torch.linalg.cholesky_ex(torch.from_numpy(shifted))
         if not failed:
             found = torch.cholesky_solve(torch.from_numpy(moment + delta * previous), triangle)

@@ -40,7 +40,7 @@ def refit(kernel: Tensor, matrices: Sequence[Tensor], spec: SeKronSpec, metric: 
         Factor matrices, in the dtype of those they began as: of those seen the ones of the least error, the terms'
         squared norms counted in for trees of three factors and more, which could cancel otherwise.
     """
-    # the errors of single precision are far below those of a decomposition, and take half the time
+    # a decomposition loses far more than single precision, in which it takes less time
     working = torch.promote_types(kernel.dtype, torch.float32)
     inputs, outputs = metric.regularised(kernel.device, working)
     target = kernel.detach().to(working).flatten(1)

@@ -170,11 +170,11 @@ def test_a_start_is_not_changed(generator):
 
 def test_a_system_that_can_not_be_solved_keeps_the_factor():
     previous = np.ones((2, 3))
-    assert solve(np.full((2, 2), np.nan), previous, previous) is previous
+    assert solve(np.full((2, 2), np.nan), np.zeros(2), previous, previous) is previous
 
 
 def test_a_singular_system_is_solved_near_the_factor_before():
-    found = solve(np.ones((2, 2)), np.full((2, 1), 10.0), np.array([[3.0], [1.0]]))
+    found = solve(np.ones((2, 2)), np.zeros(2), np.full((2, 1), 10.0), np.array([[3.0], [1.0]]))
     np.testing.assert_allclose(found, [[6.0], [4.0]], rtol=0, atol=1e-4)
 
 
