@@ -25,7 +25,7 @@ from kronsearch.training.schedule import TrainSettings, default_rate, total_step
 __all__ = ["Scorer"]
 
 _PROXY_IMAGES = 16_000  # that a proxy fine-tune sees
-_SETTLED_IMAGES = (2_500, 5_000)  # the fewest and the most that a network is measured on before a fine-tune
+_SETTLED_IMAGES = (2_500, 4_000)  # the fewest and the most that a network is measured on before a fine-tune
 _SETTLED_WORK = 16 * 10**12  # MACs of the dense network for these, as far as the fewest allow
 _KEPT = 2**30  # bytes of factors that are kept between trials
 _PROXY = 11  # stream of random numbers
@@ -81,10 +81,10 @@ class Scorer:
     def settled(self, model: nn.Module) -> Evaluation:
         """Evaluate a network that was built and not trained, on training images.
 
-        How two plans near the best one compare is told with a standard error of 1.0 % by 5,000 images, of 1.5 % by
+        How two plans near the best one compare is told with a standard error of 1.2 % by 4,000 images, of 1.5 % by
         2,500 and of 0.7 % by 10,000 (ResNet-20 at half its MACs and at a fifth of its parameters, the twelve best of
-        twenty plans each, 30,000 images). The best by 5,000 diverges 0.1 to 0.4 % more than the best of all, and
-        finalists are several. A network of more than 3.2 GMACs is run on fewer all the same, so that a trial takes a
+        twenty plans each, 30,000 images). The best by 4,000 diverges 0.2 to 0.4 % more than the best of all, and
+        finalists are several. A network of more than 4 GMACs is run on fewer all the same, so that a trial takes a
         small part of a fine-tune's time.
         """
         if self._settled is None:
