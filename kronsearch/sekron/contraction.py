@@ -14,7 +14,7 @@ __all__ = ["contract", "contract_and_pull"]
 
 def contract(matrices: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """Return the tensor (n_1, …, n_S) of factor matrices (rows of its own, n_k). Differentiable."""
-    return _tails(matrices, ranks)[0].reshape([matrix.shape[1] for matrix in matrices])
+    return contract_and_pull(matrices, ranks)[0]
 
 
 def contract_and_pull(
@@ -29,7 +29,7 @@ def contract_and_pull(
     def pull(gradient: Tensor) -> list[Tensor]:
         found = []
         for matrix, rank, tail in zip(matrices, ranks, tails[1:], strict=False):
-            nodes, after = _nodes(matrix, rank), tail.reshape(-1, rank, tail.shape[1])
+            nodes, after = _by_rank(matrix, rank), _by_rank(tail, rank)
             gradient = gradient.reshape(len(nodes), matrix.shape[1], -1)
             found.append((after @ gradient.mT).reshape(matrix.shape))
             gradient = (nodes @ gradient).sum_to_size(after.shape)
@@ -42,12 +42,12 @@ def _tails(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """Return for each factor what it and those after it come to, (rows that its parents select from, entries)."""
     tails = [matrices[-1]]
     for matrix, rank in zip(reversed(matrices[:-1]), reversed(ranks), strict=True):
-        nodes, tail = _nodes(matrix, rank), tails[0]
-        after = tail.reshape(-1, rank, tail.shape[1])
-        joined = matrix[:, :, None] * after if rank == 1 else nodes.mT @ after
+        after = _by_rank(tails[0], rank)
+        joined = matrix[:, :, None] * after if rank == 1 else _by_rank(matrix, rank).mT @ after
         tails.insert(0, joined.flatten(1))
     return tails
 
 
-def _nodes(matrix: Tensor, rank: int) -> Tensor:
+def _by_rank(matrix: Tensor, rank: int) -> Tensor:
+    """View rows (parents · rank, n) as (parents, rank, n)."""
     return matrix.reshape(-1, rank, matrix.shape[1])

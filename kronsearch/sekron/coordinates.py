@@ -7,14 +7,13 @@ steps that it has after 200 to 300 without (layers of ResNet-20 at half its MACs
 """
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tensors import leaves
+from kronsearch.sekron.tensors import all_but, leaves
 
 __all__ = ["Coordinates"]
 
@@ -35,9 +34,9 @@ class Coordinates:
     def __init__(
         self, matrices: Sequence[Tensor], spec: SeKronSpec, metric: Metric, *, energy: float, restraint: float
     ) -> None:
-        roots = [metric.roots(spec.factor_shapes, k, matrix) for k, matrix in enumerate(matrices)]
-        weighed = [root.on(matrix) for (root, _), matrix in zip(roots, matrices, strict=True)]
-        self._columns = [inverse for _, inverse in roots]
+        shapes = spec.factor_shapes
+        weighed = [metric.root(shapes, k, matrix).on(matrix) for k, matrix in enumerate(matrices)]
+        self._columns = [metric.root(shapes, k, matrix, inverse=True) for k, matrix in enumerate(matrices)]
         self._rows: list[Tensor] | None = None
         self.start = weighed  # the coordinates of the matrices
         if spec.coupling == "tree":
@@ -60,10 +59,8 @@ def _curvatures(
     squares = [column.square().sum(1) for column in leaves(plain, spec.ranks)]
     found = []
     for k, matrix in enumerate(weighed):
-        others = reduce(torch.mul, (gram for j, gram in enumerate(grams) if j != k)) / energy
-        others.diagonal().add_(
-            reduce(torch.mul, (square for j, square in enumerate(squares) if j != k)), alpha=restraint
-        )
+        others = all_but(grams, k) / energy
+        others.diagonal().add_(all_but(squares, k), alpha=restraint)
         own = len(matrix)
         found.append(others.reshape(own, len(others) // own, own, -1).sum((1, 3)))
     return found

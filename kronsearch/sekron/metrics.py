@@ -97,7 +97,7 @@ class Root:
 
     def __init__(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
         if outputs is not None and min(len(inputs), len(outputs)) == 1:  # one of the two is a number
-            inputs, outputs = torch.kron(outputs, inputs), None
+            inputs, outputs = outputs * inputs, None
         self._inputs, self._outputs = inputs, outputs
 
     def on(self, matrix: Tensor) -> Tensor:
@@ -137,27 +137,25 @@ class Metric:
             self._kept[key] = [_roots(part) for part in nearest_kronecker(moment.double(), shapes)]
         return self._kept[key]
 
-    def roots(self, factor_shapes: FactorShapes, k: int, like: Tensor) -> tuple[Root, Root]:
-        """Return the root M_k of a factor and its inverse, in the dtype and on the device of a tensor."""
-        inputs = self._parts(self.moments.inputs, False, tuple(shape[1:] for shape in factor_shapes))[k]
+    def root(self, factor_shapes: FactorShapes, k: int, like: Tensor, *, inverse: bool = False) -> Root:
+        """Return the root M_k of a factor, or its inverse, in the dtype and on the device of a tensor."""
+        inputs = self._parts(self.moments.inputs, False, tuple(shape[1:] for shape in factor_shapes))[k][inverse]
         if self.moments.outputs is None:
-            first, second = (Root(own.to(like)) for own in inputs)
-        else:
-            outputs = self._parts(self.moments.outputs, True, tuple(shape[:1] for shape in factor_shapes))[k]
-            first, second = (Root(own.to(like), left.to(like)) for own, left in zip(inputs, outputs, strict=True))
-        return first, second
+            return Root(inputs.to(like))
+        outputs = self._parts(self.moments.outputs, True, tuple(shape[:1] for shape in factor_shapes))[k][inverse]
+        return Root(inputs.to(like), outputs.to(like))
 
     def weight(self, tensor: Tensor, factor_shapes: FactorShapes) -> Tensor:
         """Weight every mode of an unfolded kernel (n_1, …, n_S)."""
         for k in range(tensor.ndim):
             moved = tensor.movedim(k, -1)
-            rows = self.roots(factor_shapes, k, tensor)[0].on(moved.reshape(-1, moved.shape[-1]))
+            rows = self.root(factor_shapes, k, tensor).on(moved.reshape(-1, moved.shape[-1]))
             tensor = rows.reshape(moved.shape).movedim(-1, k)
         return tensor
 
     def unweight(self, matrices: Sequence[Tensor], factor_shapes: FactorShapes) -> list[Tensor]:
         """Take the weight off factor matrices (terms, n_k)."""
-        return [self.roots(factor_shapes, k, matrix)[1].on(matrix) for k, matrix in enumerate(matrices)]
+        return [self.root(factor_shapes, k, matrix, inverse=True).on(matrix) for k, matrix in enumerate(matrices)]
 
     def energy(self, kernel: Tensor) -> float:
         """Return `tr(G W Ω Wᵀ)` of a kernel or of a difference of kernels, with the moments as they are."""

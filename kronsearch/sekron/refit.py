@@ -18,7 +18,7 @@ from kronsearch.sekron.coordinates import Coordinates
 from kronsearch.sekron.fit import RESTRAINT
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.sekron.tensors import fold_kernel, leaves, unfold_kernel
+from kronsearch.sekron.tensors import all_but, fold_kernel, leaves, unfold_kernel
 
 __all__ = ["refit"]
 
@@ -93,6 +93,5 @@ def _terms(matrices: Sequence[Tensor], ranks: Sequence[int]) -> tuple[float, lis
     squares = leaves([matrix.square().sum(1, keepdim=True) for matrix in matrices], ranks)
     gradients = []
     for k, matrix in enumerate(matrices):
-        others = reduce(torch.mul, (square for j, square in enumerate(squares) if j != k))
-        gradients.append(2 * matrix * others.reshape(len(matrix), -1).sum(1, keepdim=True))
+        gradients.append(2 * matrix * all_but(squares, k).reshape(len(matrix), -1).sum(1, keepdim=True))
     return float(reduce(torch.mul, squares).sum()), gradients

@@ -20,7 +20,7 @@ from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["balance", "balanced_factors", "fold_kernel", "leaves", "merge", "reconstruct", "unfold_kernel"]
+__all__ = ["all_but", "balance", "balanced_factors", "fold_kernel", "leaves", "merge", "reconstruct", "unfold_kernel"]
 
 
 class _Folds(NamedTuple):
@@ -63,6 +63,11 @@ def leaves(factors: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """Repeat the rows of each factor matrix (terms of its own, n_k) for all terms, the product of the ranks."""
     terms = prod(ranks)
     return [factor.repeat_interleave(terms // len(factor), dim=0) for factor in factors]
+
+
+def all_but(tensors: Sequence[Tensor], k: int) -> Tensor:
+    """Multiply all of these entry by entry, but the k-th."""
+    return reduce(torch.mul, (tensor for j, tensor in enumerate(tensors) if j != k))
 
 
 def as_matrices(factors: Sequence[Tensor], spec: SeKronSpec) -> list[Tensor]:
