@@ -16,6 +16,15 @@ def draw_chain(sizes, ranks, seed=0):
     return [draw(edges[k] * edges[k + 1], n, seed=seed + k) for k, n in enumerate(sizes)]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [((5, 4, 6), (3, 2)), ((4, 2, 3, 5), (2, 3, 4)), ((6, 5), (3,)), ((7,), ())]
+)
+def test_contraction_is_the_sum_over_neighbouring_ranks(sizes, ranks, naive_outer):
+    matrices = draw_chain(sizes, ranks)
+    expected = naive_outer(matrices, ranks, "chain")
+    torch.testing.assert_close(contract(matrices, ranks), torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize(("sizes", "ranks"), [((5, 4, 6), (3, 2)), ((4, 2, 3, 5), (2, 3, 4)), ((8, 3, 8), (8, 8))])
 @pytest.mark.parametrize("refine", [False, True])
 def test_chains_are_found_again(sizes, ranks, refine):

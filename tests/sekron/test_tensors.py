@@ -96,8 +96,9 @@ def test_unfolding_places_every_entry_by_its_digits():
 
 
 @pytest.mark.parametrize("spec", SPECS[1:], ids=str)
-def test_leaves_have_a_row_for_each_term(spec, random_factors):
+def test_contract_sums_outer_products(spec, random_factors, naive_outer):
     matrices = as_matrices(random_factors(spec), spec)
+    np.testing.assert_allclose(contract(matrices, spec.ranks), naive_outer(matrices, spec.ranks), atol=EXACT)
     for leaf in leaves(matrices, spec.ranks):
         assert len(leaf) == prod(spec.ranks)
 
