@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from kronsearch.sekron.contraction import contract
 
-__all__ = ["balance_chain", "chain_squares", "fit_chain"]
+__all__ = ["as_cores", "balance_chain", "chain_squares", "fit_chain"]
 
 _SWEEPS = 100
 _TOLERANCE = 1e-6  # of the squared error from one sweep to the next: they are cheap, and converge linearly

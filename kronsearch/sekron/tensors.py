@@ -20,7 +20,17 @@ from kronsearch.sekron.contraction import contract
 from kronsearch.sekron.shapes import FactorShapes
 from kronsearch.sekron.spec import SeKronSpec
 
-__all__ = ["all_but", "balance", "balanced_factors", "fold_kernel", "leaves", "merge", "reconstruct", "unfold_kernel"]
+__all__ = [
+    "all_but",
+    "as_matrices",
+    "balance",
+    "balanced_factors",
+    "fold_kernel",
+    "leaves",
+    "merge",
+    "reconstruct",
+    "unfold_kernel",
+]
 
 
 class _Folds(NamedTuple):

@@ -16,7 +16,7 @@ from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import feature_distance, recorded_outputs
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, teacher_outputs, training_loss
-from kronsearch.training.optimizer import make_optimizer, moments, restore_moments
+from kronsearch.training.optimizer import FactorAdamW
 from kronsearch.training.precision import KERNELS, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
@@ -72,7 +72,7 @@ class Trainer:
         self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
         self._precision = precision_for(device)
         self._runs: dict[str, Run] | None = None  # known with the first batch
-        self._optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay, device=self._device)
+        self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._runner = team.wrapped(model, self._device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
@@ -91,7 +91,7 @@ class Trainer:
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._batches.close()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
     def advance(self, steps: int) -> StepReport:
@@ -106,8 +106,6 @@ class Trainer:
         self.model.train()
         while self.step < last:
             rate = learning_rate(self.settings, self.step, self.total_steps)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
             (inputs, targets), seed = self._batches.take()
             examples += len(inputs)
             inputs, labels = self._mixed(inputs, targets, seed)
@@ -119,8 +117,7 @@ class Trainer:
                 loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
                 self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.step(rate)
             loss_sum += loss.detach()
             self.step += 1
             if self._average is not None:
@@ -156,7 +153,7 @@ class Trainer:
             "generator": start,
             "place": torch.tensor([self.step, taken]),
             **_named("model/", self.model.state_dict()),
-            **_named("optimizer/", moments(self._optimizer, self.model)),
+            **_named("optimizer/", self._optimizer.state()),
             **({} if self._average is None else _named("average/", self._average.model.state_dict())),
         }
 
@@ -171,7 +168,7 @@ class Trainer:
         self.model.load_state_dict(_part(state, "model/"))
         if self._average is not None:
             self._average.model.load_state_dict(_part(state, "average/"))
-        restore_moments(self._optimizer, self.model, _part(state, "optimizer/"))
+        self._optimizer.restore(_part(state, "optimizer/"))
         self.step = step
         self._batches.go_to(state["generator"], taken)
 

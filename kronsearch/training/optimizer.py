@@ -2,60 +2,134 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from kronsearch.sekron.coordinates import Rows, row_coordinates
 from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.sekron.tensors import as_matrices
 
-__all__ = ["make_optimizer", "moments", "restore_moments"]
+__all__ = ["FactorAdamW"]
+
+_RENEWAL = 100  # steps until coordinates are taken anew; then twice as many, and so on, so that they never cost much
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter, 2019) over the trainable parameters of a model.
+class FactorAdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over a model's trainable parameters, of factors in coordinates of their own.
+
+    In these coordinates a kernel moves as far as they do (`row_coordinates`), whatever its structure and ranks and
+    however its factors are scaled: a rate means about what it does for dense kernels. They are those of the factors
+    at the first step, and are taken anew after 100, 200, 400 steps and so on.
 
     Tensors of two or more dimensions decay. A kernel of S factors decays by the product of what its factors do, so each
-    of them has an S-th of the decay: else the more factors a kernel has, the faster it would shrink.
+    of them has an S-th of it: else the more factors a kernel has, the faster it would shrink.
+
+    Args:
+        model: with its parameters on the device.
+        weight_decay: of tensors of two or more dimensions.
+        device: of the parameters.
     """
-    shares = {
-        id(factor): layer.spec.sequence_length
-        for layer in model.modules()
-        if isinstance(layer, SeKronLayer)
-        for factor in layer.factors
-    }
-    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if parameter.dim() >= 2 or id(parameter) in shares else 0.0
-            groups[decay / shares.get(id(parameter), 1)].append(parameter)
-    # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
-    return torch.optim.AdamW(
-        [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-        lr=lr,
-        fused=device.type in ("cpu", "cuda"),
-    )
+
+    def __init__(self, model: nn.Module, *, weight_decay: float, device: torch.device) -> None:
+        self._layers = [module for module in model.modules() if isinstance(module, SeKronLayer)]
+        shares = {factor: len(layer.factors) for layer in self._layers for factor in layer.factors}
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._decays = {p: weight_decay / shares.get(p, 1) if p.dim() >= 2 or p in shares else 0.0 for p in self._names}
+        self._rows: dict[nn.Parameter, Rows] = {}
+        # what AdamW moves: in the place of a factor how far its coordinates go in a step
+        self._moved = {
+            p: torch.zeros_like(p, memory_format=torch.contiguous_format).requires_grad_() if p in shares else p
+            for p in self._names
+        }
+        self._taken = 0
+        groups: dict[float, list[Tensor]] = defaultdict(list)
+        for p, moved in self._moved.items():
+            groups[0.0 if moved is not p else self._decays[p]].append(moved)
+        # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
+        self._adam = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+            fused=device.type in ("cpu", "cuda"),
+        )
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Take a step of this learning rate along the parameters' gradients, which are dropped."""
+        if self._taken == 0 or (self._taken % _RENEWAL == 0 and (self._taken // _RENEWAL).bit_count() == 1):
+            self._renew()
+        factors = [(p, moved, self._rows[p]) for p, moved in self._moved.items() if p in self._rows]
+        for p, moved, rows in factors:
+            moved.grad = None if p.grad is None else rows.on(_matrix(p.grad, rows)).view_as(moved)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.step()
+        for p, moved, rows in factors:
+            if p.grad is not None:
+                p.mul_(1 - rate * self._decays[p]).add_(rows.on(_matrix(moved, rows)).view_as(p))
+                moved.zero_()
+        for p, moved in self._moved.items():
+            p.grad = moved.grad = None
+        self._taken += 1
+
+    def _renew(self) -> None:
+        """Take the coordinates at the factors as they are."""
+        for layer in self._layers:
+            factors = list(layer.factors)
+            matrices = as_matrices([f.to(torch.promote_types(f.dtype, torch.float32)) for f in factors], layer.spec)
+            for factor, rows in zip(factors, row_coordinates(matrices, layer.spec), strict=True):
+                if factor in self._moved:
+                    self._rows[factor] = rows.to(factor.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
+        found = {"/taken": torch.tensor(self._taken)}
+        for p, moved in self._moved.items():
+            kinds = {**self._adam.state.get(moved, {}), **(self._rows[p]._asdict() if p in self._rows else {})}
+            found |= {f"{self._names[p]}/{kind}": part for kind, part in kinds.items() if part is not None}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
+        moved = {name: self._moved[p] for p, name in self._names.items()}
+        extents = self._extents() if (taken := int(state["/taken"])) else {}
+        rows = {
+            p: Rows(*(_of_shape(state, f"{self._names[p]}/{side}", (n, n), p) for side, n in sides.items()))
+            for p, sides in extents.items()
+        }
+        self._adam.state.clear()
+        for key in state.keys() - {"/taken"}:
+            name, _, kind = key.rpartition("/")
+            if kind in Rows._fields:
+                continue
+            if kind not in ("exp_avg", "exp_avg_sq", "step"):
+                raise ValueError(f"{key} is no state of a parameter")
+            own = moved[name]
+            # laid out as the parameter is: the fused step walks through both by their places in memory
+            into = torch.empty_like(own) if kind != "step" else torch.empty(())
+            self._adam.state[own][kind] = into.detach().copy_(_of_shape(state, key, into.shape, into))
+        self._rows, self._taken = rows, taken
+
+    def _extents(self) -> dict[nn.Parameter, dict[str, int]]:
+        """Return of every factor that is trained the extents of its coordinates' matrices, by their names."""
+        found = {}
+        for layer in self._layers:
+            edges = (1, *layer.spec.ranks, 1)
+            for k, factor in enumerate(layer.factors):
+                if factor in self._moved:
+                    chain = layer.spec.coupling == "chain"
+                    found[factor] = (
+                        {"left": edges[k], "right": edges[k + 1]} if chain else {"left": prod(layer.spec.rank_shape(k))}
+                    )
+        return found
 
 
-def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the optimizer's state by the names of the model's parameters: `NAME/exp_avg` and the like."""
-    return {
-        f"{name}/{kind}": tensor
-        for name, parameter in model.named_parameters()
-        for kind, tensor in optimizer.state.get(parameter, {}).items()
-    }
+def _matrix(tensor: Tensor, rows: Rows) -> Tensor:
+    """View a factor, or its gradient, as a matrix with these rows."""
+    return tensor.reshape(len(rows.left) * (1 if rows.right is None else len(rows.right)), -1)
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Undo `moments`. Raises KeyError or ValueError where the tensors are not of this model."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in state.items():
-        name, _, kind = key.rpartition("/")
-        parameter = parameters[name]
-        if kind not in ("exp_avg", "exp_avg_sq", "step") or tensor.shape not in (parameter.shape, torch.Size()):
-            raise ValueError(
-                f"{key} of shape {tuple(tensor.shape)} is no state of a parameter {tuple(parameter.shape)}"
-            )
-        # laid out as the parameter is: the fused step walks through both by their places in memory
-        own = torch.empty_like(parameter) if tensor.shape == parameter.shape else tensor.to(parameter.device)
-        optimizer.state[parameter][kind] = own.detach().copy_(tensor)
+def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if state[key].shape != torch.Size(shape):
+        raise ValueError(f"{key} has the shape {tuple(state[key].shape)}, not {tuple(shape)}")
+    return state[key].to(like)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kronsearch.sekron import Metric, Moments, SeKronSpec, coordinates
 from kronsearch.sekron.contraction import contract
-from kronsearch.sekron.coordinates import Coordinates
+from kronsearch.sekron.coordinates import Coordinates, row_coordinates
 from kronsearch.sekron.tensors import as_matrices, leaves
 
 SEEDS = st.integers(0, 2**16)
@@ -72,3 +72,28 @@ def test_factors_of_zeros_have_coordinates():
     matrices = [torch.zeros(2, 6), torch.ones(2, 3), torch.ones(2, 4)]
     there = Coordinates(matrices, spec, Metric(Moments(torch.eye(12))), energy=1.0, restraint=0.0)
     torch.testing.assert_close(there.matrices(there.start), matrices)
+
+
+@given(data=st.data(), seed=SEEDS)
+@settings(deadline=None)
+def test_kernels_move_as_far_as_row_coordinates(data, seed, draw_case):
+    """The maps are inverse roots of what factors' rows are multiplied with, raised by no more than the ridges."""
+    spec, matrices, _, _ = draw_case(data, seed, ("tree", "chain"))
+    for k, rows in enumerate(row_coordinates(matrices, spec)):
+        count = len(matrices[k])
+        formed = []
+        for unit in torch.eye(count, dtype=torch.float64):
+            moved = [unit[:, None] if j == k else matrix for j, matrix in enumerate(matrices)]
+            formed.append(contract(moved, spec.ranks).flatten())
+        gram = torch.stack(formed) @ torch.stack(formed).T
+        whole = rows.on(torch.eye(count, dtype=torch.float64))
+        torch.testing.assert_close(whole, whole.T)
+        excess = torch.linalg.eigvalsh((whole @ whole).inverse() - gram)
+        most = torch.linalg.eigvalsh(gram)[-1]
+        assert -1e-9 * most <= excess[0] <= excess[-1] <= 2.02e-2 * most
+
+
+def test_of_zeros_row_coordinates_are_the_rows():
+    spec = SeKronSpec(((6, 1, 1), (1, 1, 3), (1, 4, 1)), (2, 1))
+    for rows in row_coordinates([torch.zeros(2, 6), torch.zeros(2, 3), torch.ones(2, 4)], spec)[:2]:
+        assert torch.equal(rows.left, torch.eye(2))

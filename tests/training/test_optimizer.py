@@ -5,26 +5,37 @@ import torch
 from torch import nn
 
 from kronsearch.sekron.convolution import SeKronConv2d
+from kronsearch.sekron.coordinates import row_coordinates
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.training.optimizer import make_optimizer, moments, restore_moments
+from kronsearch.sekron.tensors import as_matrices
+from kronsearch.training.optimizer import FactorAdamW
 
 CPU = torch.device("cpu")
-CP = SeKronSpec(((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1)), (5, 1))
+SHAPES = ((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1))
+SPECS = {
+    "CP": SeKronSpec(SHAPES, (5, 1)),
+    "tree": SeKronSpec(SHAPES, (3, 2)),
+    "chain": SeKronSpec(SHAPES, (5, 3), "chain"),
+    "two": SeKronSpec(((4, 2, 1, 1), (2, 2, 3, 3)), (4,)),
+}
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=SPECS)
+def network(request):
     torch.default_generator.manual_seed(0)
-    conv = nn.Conv2d(4, 8, 3)
-    return nn.Sequential(nn.BatchNorm2d(4), SeKronConv2d.from_conv(conv, CP), nn.Flatten(), nn.Linear(8 * 4 * 4, 3))
+    layer = SeKronConv2d.from_conv(nn.Conv2d(4, 8, 3), SPECS[request.param])
+    return nn.Sequential(nn.BatchNorm2d(4), layer, nn.Flatten(), nn.Linear(8 * 4 * 4, 3))
 
 
-def trained(network, optimizer, steps, seed=1):
+def optimizer_of(network, weight_decay=0.3):
+    return FactorAdamW(network, weight_decay=weight_decay, device=CPU)
+
+
+def trained(network, optimizer, steps, seed=1, rate=0.01):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         network(torch.randn(5, 4, 6, 6, generator=generator)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(rate)
 
 
 @pytest.fixture(autouse=True)
@@ -35,50 +46,117 @@ def _own_seed():
 
 def test_a_kernel_of_factors_decays_as_a_dense_one(network):
     """Without gradients AdamW multiplies by 1 - lr · decay; of S factors the kernel takes on the product."""
-    optimizer = make_optimizer(network, lr=0.01, weight_decay=0.3, device=CPU)
+    optimizer = optimizer_of(network)
     before = copy.deepcopy(network)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    kept = (1 - 0.01 * 0.3 / 3) ** 3
+    optimizer.step(0.01)
+    count = len(network[1].factors)
+    kept = (1 - 0.01 * 0.3 / count) ** count
     assert kept == pytest.approx(1 - 0.01 * 0.3, abs=5e-6)
     torch.testing.assert_close(network[1].kernel, before[1].kernel * kept)
     torch.testing.assert_close(network[3].weight, before[3].weight * (1 - 0.01 * 0.3))
     assert torch.equal(network[0].weight, before[0].weight)
     assert torch.equal(network[1].bias, before[1].bias)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_first_step_is_the_sign_of_the_gradient_in_the_coordinates(network):
+    """AdamW's first step, written out, of a dense weight and of each factor."""
+    optimizer, before = optimizer_of(network, 0.0), copy.deepcopy(network)
+    loss = network(torch.randn(5, 4, 6, 6)).square().mean()
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+    optimizer.step(0.01)
+    slope = gradients["3.weight"]
+    expected = before[3].weight - 0.01 * slope / (slope.abs() + 1e-8)
+    torch.testing.assert_close(network[3].weight, expected, atol=1e-5, rtol=0)
+    layer = before[1]
+    with torch.no_grad():
+        coordinates = row_coordinates(as_matrices(list(layer.factors), layer.spec), layer.spec)
+        for k, (rows, old) in enumerate(zip(coordinates, layer.factors, strict=True)):
+            slope = rows.on(gradients[f"1.factors.{k}"].reshape(len(as_matrices([*layer.factors], layer.spec)[k]), -1))
+            step = rows.on(0.01 * slope / (slope.abs() + 1e-8)).view_as(old)
+            torch.testing.assert_close(network[1].factors[k], old - step, atol=1e-5, rtol=1e-4)
+
+
+def test_how_factors_are_scaled_is_of_no_account(network):
+    """A kernel goes the same way whichever of its factors is how large."""
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[1].factors[0].mul_(8)
+        other[1].factors[1].div_(8)
+    for one in (network, other):
+        trained(one, optimizer_of(one, 0.0), 3)
+    before = network[1].kernel.detach()
+    torch.testing.assert_close(other[1].kernel.detach(), before, atol=1e-5, rtol=1e-3)
+
+
+def test_coordinates_are_taken_anew_after_ever_more_steps(monkeypatch, network):
+    renewed, renew = [], FactorAdamW._renew
+    optimizer = optimizer_of(network)
+    monkeypatch.setattr(FactorAdamW, "_renew", lambda self: renewed.append(self._taken) or renew(self))
+    for _ in range(450):
+        optimizer.step(0.01)
+    assert renewed == [0, 100, 200, 400]
 
 
 def test_what_is_frozen_is_left_out(network):
     network[1].requires_grad_(False)
-    optimizer = make_optimizer(network, lr=0.01, weight_decay=0.3, device=CPU)
+    optimizer = optimizer_of(network)
     trained(network, optimizer, 1)
-    assert {name.split("/")[0] for name in moments(optimizer, network)} == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    names = {name.split("/")[0] for name in optimizer.state()}
+    assert names == {"", "0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_a_factor_without_a_gradient_stays(network):
+    network[1].factors[1].requires_grad_(False)
+    optimizer, before = optimizer_of(network), copy.deepcopy(network)
+    trained(network, optimizer, 1)
+    assert torch.equal(network[1].factors[1], before[1].factors[1])
+    assert not torch.equal(network[1].factors[0], before[1].factors[0])
+    after = copy.deepcopy(network)
+    optimizer.step(0.01)  # nothing has a gradient
+    assert all(torch.equal(p, after.get_parameter(name)) for name, p in network.named_parameters())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_with_its_moments_it_goes_on_as_it_would_have(network, layout):
+def test_with_its_state_it_goes_on_as_it_would_have(network, layout):
     network = network.to(memory_format=layout)
-    optimizer = make_optimizer(network, lr=0.01, weight_decay=0.3, device=CPU)
+    optimizer = optimizer_of(network)
     trained(network, optimizer, 2)
     twin = copy.deepcopy(network)
-    other = make_optimizer(twin, lr=0.01, weight_decay=0.3, device=CPU)
-    kept = {name: tensor.contiguous().clone() for name, tensor in moments(optimizer, network).items()}
-    restore_moments(other, twin, kept)
+    other = optimizer_of(twin)
+    kept = {name: tensor.contiguous().clone() for name, tensor in optimizer.state().items()}
+    other.restore(kept)
     for one, optimizer_of_one in ((network, optimizer), (twin, other)):
         trained(one, optimizer_of_one, 2, seed=2)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, twin.get_parameter(name)), name
 
 
+def test_before_the_first_step_there_is_nothing_to_go_on_with(network):
+    optimizer, other = optimizer_of(network), optimizer_of(network)
+    trained(network, optimizer, 1)
+    optimizer.restore(other.state())
+    assert optimizer.state().keys() == {"/taken"}
+
+
+@pytest.mark.parametrize("network", ["chain"], indirect=True)
 @pytest.mark.parametrize(
-    ("state", "error"),
+    ("change", "error"),
     [
         ({"9.weight/exp_avg": torch.zeros(4)}, KeyError),
         ({"0.weight/exp_avg": torch.zeros(5)}, ValueError),
         ({"0.weight/other": torch.zeros(4)}, ValueError),
+        ({"1.factors.1/left": torch.zeros(4, 4)}, ValueError),
+        ({"1.factors.1/right": None}, KeyError),
+        ({"/taken": None}, KeyError),
     ],
 )
-def test_moments_of_another_network_are_refused(network, state, error):
-    optimizer = make_optimizer(network, lr=0.01, weight_decay=0.3, device=CPU)
-    with pytest.raises(error, match=r"weight"):
-        restore_moments(optimizer, network, state)
+def test_the_state_of_another_network_is_refused(network, change, error):
+    optimizer = optimizer_of(network)
+    trained(network, optimizer, 1)
+    state = {name: part for name, part in (optimizer.state() | change).items() if part is not None}
+    with pytest.raises(error, match=r"weight|factors|taken"):
+        optimizer.restore(state)
