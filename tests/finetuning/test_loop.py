@@ -1,7 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 
-from kronsearch.finetuning.loop import supersedes
+from kronsearch.finetuning import loop as loop_module
+from kronsearch.finetuning.loop import Loop, supersedes
+from kronsearch.finetuning.record import Record
 from kronsearch.training.evaluate import Evaluation
+from kronsearch.training.finetune import StepReport
+from kronsearch.training.task import Classification
 
 
 def scored(metric, divergence=None, error=0.0):
@@ -29,3 +35,47 @@ def test_the_better_one_is_kept_and_among_the_alike_the_nearer(new, kept, wanted
 def test_an_error_that_shall_be_low_is_better_when_it_is_lower():
     assert supersedes(scored(0.1), scored(0.2), higher_is_better=False)
     assert not supersedes(scored(0.3), scored(0.2), higher_is_better=False)
+
+
+class Epochs:
+    """A trainer of epochs of one step, whose network is the number of the step."""
+
+    def __init__(self, count):
+        self.step, self.total_steps, self.settings = 0, count, SimpleNamespace(batch_size=10)
+
+    @property
+    def result(self):
+        return self.step
+
+    def advance(self, steps):
+        self.step += steps
+        return StepReport(self.step, self.total_steps, 1.0, 0.1, 10.0)
+
+    def state(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ((0.9, 0.5, 0.4, 0.6, 0.5, 0.3), (1, 2, 3, 4)),
+        ((0.9, 0.5, 0.4, 0.3, 0.2, 0.1), (1, 2, 3)),
+        ((0.9, 0.8, 0.85), (1, 2, 3)),
+        ((0.9, 0.8), (1,)),
+        ((0.9,), (1,)),
+    ],
+)
+def test_of_the_first_half_the_latest_is_kept_and_then_the_best(monkeypatch, tmp_path, scores, kept):
+    saved = []
+    monkeypatch.setattr(loop_module, "save_compressed", lambda small, *told, epochs: saved.append(small))
+    monkeypatch.setattr(loop_module, "save_record", lambda *told: None)
+    data = SimpleNamespace(size=lambda split: 10, task=Classification())
+
+    def validate(small):
+        return scored(scores[small - 1])
+
+    validate.data = data
+    trainer = Epochs(len(scores))
+    record = Record(identity={})
+    record = Loop(trainer, record, validation=validate, plan=None, out=tmp_path, tell=lambda *told: None).run()
+    assert tuple(saved) == kept == tuple(row.step for row in record.log if row.kept)
