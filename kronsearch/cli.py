@@ -222,6 +222,9 @@ def finetune(
     label_weight: Annotated[
         float | None, typer.Option("--label-weight", help="Part of the loss that the labels are [default: 0]")
     ] = None,
+    compile: Annotated[  # noqa: A002 -- it is the option's name
+        bool, typer.Option("--compile", help="Run through torch.compile: faster after a minute, needs a compiler")
+    ] = False,
     out: Annotated[
         Words, typer.Option("--out", metavar="DIR", help="Folder for the results [default: kronsearch-finetuned]")
     ] = None,

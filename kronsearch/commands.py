@@ -232,6 +232,7 @@ def finetune(path: Path, settings: Settings) -> None:
             lr=settings.lr,
             batch_size=settings.batch_size,
             label_weight=settings.label_weight,
+            compiled=settings.compile,
             out=settings.out if "out" in settings.model_fields_set else "kronsearch-finetuned",
             device=device,
             seed=settings.seed,

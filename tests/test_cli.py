@@ -442,7 +442,7 @@ TUNE = ("finetune", "plan.json", "--model", "m:f", "--data", "digits")
 def test_options_reach_the_fine_tune(tuned):
     result = invoke(
         *(*TUNE, "--model-args", '{"a": 1}', "--weights", "w.pt", "--epochs", "0.5", "--lr", "1e-3", "--seed", "5"),
-        *("--batch-size", "64", "--label-weight", "0.25", "--out", "there", "--device", "cpu", "--quiet"),
+        *("--batch-size", "64", "--label-weight", "0.25", "--compile", "--out", "there", "--device", "cpu", "--quiet"),
     )
     assert tuned.load_model == ("m:f", "w.pt", {"a": 1})
     assert tuned.load_data == ("digits", 5)
@@ -454,6 +454,7 @@ def test_options_reach_the_fine_tune(tuned):
         "lr": 1e-3,
         "batch_size": 64,
         "label_weight": 0.25,
+        "compiled": True,
         "out": "there",
         "device": "cpu",
         "seed": 5,

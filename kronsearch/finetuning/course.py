@@ -61,7 +61,7 @@ class Ended:
 
     Args:
         plan: of the network, with its cost.
-        network: the best one by the validation score.
+        network: the best one of the second half by the validation score.
         record: of all evaluations.
         was_done: whether an earlier call had come to the end.
         seconds: that this call trained for, evaluations included.
@@ -110,6 +110,7 @@ class Course:
             "lr": settings.lr,
             "batch size": settings.batch_size,
             "label weight": settings.label_weight,
+            "compiled": settings.compiled,
             "seed": seed,
         }
 
@@ -212,7 +213,13 @@ def new_trainer(
 
 
 def long_settings(
-    data: Data, *, epochs: float, lr: float | None = None, batch_size: int = 128, label_weight: float = 0.0
+    data: Data,
+    *,
+    epochs: float,
+    lr: float | None = None,
+    batch_size: int = 128,
+    label_weight: float = 0.0,
+    compiled: bool = False,
 ) -> TrainSettings:
     """Return how a fine-tune of so many epochs trains.
 
@@ -224,7 +231,7 @@ def long_settings(
         TrainingError: they make no sense.
     """
     try:
-        settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight)
+        settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight, compiled=compiled)
         steps = total_steps(settings, data.size("train"))
         return replace(settings, lr=lr or default_rate(steps), mixing=steps >= _MIXED, averaging=_AVERAGING)
     except ValueError as error:

@@ -30,7 +30,7 @@ class FinetuneResult:
 
     Args:
         plan: of the network, with its cost.
-        model: the best network by the validation score.
+        model: the best network of the second half by the validation score.
         dense: the dense network on the test split.
         compressed: the compressed one likewise.
         log: a row for each evaluation on the validation split.
@@ -56,6 +56,7 @@ def finetune(
     lr: float | None = None,
     batch_size: int = 128,
     label_weight: float = 0.0,
+    compiled: bool = False,
     out: str | Path = "kronsearch-finetuned",
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -65,8 +66,9 @@ def finetune(
 
     The student learns the teacher's outputs and, where shapes agree, those of its blocks; in long runs on mixtures of
     the training examples (see `TrainSettings`). After each epoch the average of its weights is scored on the validation
-    split. The best so far is in `compressed.safetensors` (see `kronsearch.finetuning.loop.supersedes`), all scores are
-    in `log.csv`. A fine-tune that is resumed from `checkpoint.safetensors` ends with the weights it would have had.
+    split. The best of the second half so far, and before it the latest, is in `compressed.safetensors` (see
+    `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune that is resumed from
+    `checkpoint.safetensors` ends with the weights it would have had.
 
     Started by `torchrun`, the processes train together: each takes its share of every batch of `batch_size`, and the
     first one writes.
@@ -80,6 +82,7 @@ def finetune(
         lr: the highest learning rate; None takes one that suits the number of steps.
         batch_size: examples in a step, of all processes together.
         label_weight: how much of the loss is that of the labels, the rest is the divergence from the teacher.
+        compiled: whether the networks run through `torch.compile`, which takes a minute at first and needs a compiler.
         out: folder for the files.
         device: to run on; of several processes each takes the CUDA device of its local rank.
         seed: of everything random.
@@ -91,7 +94,9 @@ def finetune(
     """
     team, own_device = join(device)
     watch = watch if team.leads else ignore
-    settings = long_settings(data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight)
+    settings = long_settings(
+        data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled
+    )
     dense = copy.deepcopy(model).to(own_device).eval()
     evaluate(dense, data, "val", limit=16, device=own_device)  # what can't be done together is known at once
 

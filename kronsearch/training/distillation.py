@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kronsearch.training.blocks import recorded_outputs
+from kronsearch.training.blocks import Recorder
 from kronsearch.training.precision import Precision, eval_mode, forward
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.task import Task
@@ -46,11 +46,11 @@ def teacher_outputs(
     inputs: Tensor,
     precision: Precision,
     settings: TrainSettings,
-    blocks: Sequence[str],
+    recorder: Recorder | None,
 ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-    """Return the teacher's outputs and those of its blocks, where the loss needs either."""
-    if teacher is None or (settings.label_weight == 1 and not blocks):
+    """Return the teacher's outputs and those of its blocks that are recorded, where the loss needs either."""
+    if teacher is None or (settings.label_weight == 1 and recorder is None):
         return None, {}
-    with torch.no_grad(), eval_mode(teacher), recorded_outputs(teacher, blocks) as features:
+    with torch.no_grad(), eval_mode(teacher):
         outputs = forward(teacher, inputs, precision)
-    return outputs, features
+    return outputs, {} if recorder is None else recorder.take()

@@ -13,11 +13,11 @@ from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
-from kronsearch.training.blocks import feature_distance, recorded_outputs
+from kronsearch.training.blocks import Recorder, feature_distance
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, teacher_outputs, training_loss
 from kronsearch.training.optimizer import FactorAdamW
-from kronsearch.training.precision import KERNELS, forward, precision_for
+from kronsearch.training.precision import KERNELS, compiled, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
 from kronsearch.training.team import ALONE, Team
@@ -68,14 +68,19 @@ class Trainer:
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
         self._device, self._team = torch.device(device), team
-        self._task, self._teacher = data.task, teacher
-        self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
+        self._task = data.task
         self._precision = precision_for(device)
         self._runs: dict[str, Run] | None = None  # known with the first batch
         self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
-        self._runner = team.wrapped(model, self._device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
+        watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
+        self._recorder, self._wanted = (
+            Recorder(network, watched) if network is not None and watched else None for network in (model, teacher)
+        )
+        self._runner, self._teacher = team.wrapped(model, self._device), teacher
+        if settings.compiled:
+            self._runner, self._teacher = compiled(self._runner), None if teacher is None else compiled(teacher)
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +96,9 @@ class Trainer:
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._batches.close()
+        for recorder in (self._recorder, self._wanted):
+            if recorder is not None:
+                recorder.close()
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
@@ -135,15 +143,12 @@ class Trainer:
         return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
 
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
-        wanted, features_wanted = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._watched)
-        with (
-            kernels_formed(self.model, KERNELS[self._precision], self._runs),
-            recorded_outputs(self.model, self._watched) as features,
-        ):
+        wanted, features = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._wanted)
+        with kernels_formed(self.model, KERNELS[self._precision], self._runs):
             outputs = forward(self._runner, inputs, self._precision)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
-        if features_wanted:
-            loss = loss + self.settings.feature_weight * feature_distance(features, features_wanted)
+        if self._recorder is not None:
+            loss = loss + self.settings.feature_weight * feature_distance(self._recorder.take(), features)
         return loss
 
     def state(self) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class TrainSettings:
     clip_norm: float = 1.0
     mixing: bool = False
     averaging: float = 0.0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if not (0 < self.epochs < math.inf and self.batch_size > 0 and self.lr > 0 and self.clip_norm > 0):

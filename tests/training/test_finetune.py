@@ -1,10 +1,13 @@
 import copy
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kronsearch.errors import TrainingError
 from kronsearch.sekron import SeKronConv2d, SeKronSpec
 from kronsearch.training import finetune as finetune_module
 from kronsearch.training.batches import Batches
@@ -258,6 +261,46 @@ def test_which_layers_these_are_is_found_anew_without_drawing_random_numbers(mak
         resumed.advance(4)
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, resumed.state()[name]), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own look at kernels
+def test_compiled_networks_learn_the_same_and_go_on_to_the_same_weights(make_data):
+    data, teacher = make_data(), wide_network(noisy=False)
+    start = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.mul_(1.1)
+    # behind a batch norm some gradients are rounding noise, which Adam makes whole steps of: not for long
+    settings = TrainSettings(epochs=2, batch_size=10, lr=1e-4, label_weight=0.5, averaging=0.9, mixing=True)
+
+    def trainer(settings):
+        options = {"teacher": teacher, "blocks": [name for name, _ in teacher.named_children()][:1]}
+        return Trainer(copy.deepcopy(start), data, settings, generator=seeded(), **options)
+
+    losses = {}
+    for compiled in (False, True):
+        with trainer(replace(settings, compiled=compiled)) as whole:
+            losses[compiled] = [whole.advance(1).loss for _ in range(3)]
+            state = {name: tensor.clone() for name, tensor in whole.state().items()}
+            evaluate(whole.result, data, "val")
+            whole.advance(3)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    with trainer(replace(settings, compiled=True)) as resumed:
+        resumed.restore(state)
+        resumed.advance(3)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_without_a_compiler_compiling_is_refused(monkeypatch, make_data, make_network):
+    def fail(*_):
+        raise OSError("no compiler\nanywhere")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler.*\): install what"):
+        Trainer(make_network(), make_data(), TrainSettings(epochs=1, compiled=True), generator=seeded())
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 6])
