@@ -66,8 +66,9 @@ class FactorAdamW:
         self._adam.step()
         for p, moved, rows in factors:
             if p.grad is not None:
-                p.mul_(1 - rate * self._decays[p]).add_(rows.on(_matrix(moved, rows)).view_as(p))
-                moved.zero_()
+                _move(p, rows, moved, 1 - rate * self._decays[p])
+        if factors:
+            torch._foreach_zero_([moved for _, moved, _ in factors])
         for p, moved in self._moved.items():
             p.grad = moved.grad = None
         self._taken += 1
@@ -127,6 +128,15 @@ class FactorAdamW:
 def _matrix(tensor: Tensor, rows: Rows) -> Tensor:
     """View a factor, or its gradient, as a matrix with these rows."""
     return tensor.reshape(len(rows.left) * (1 if rows.right is None else len(rows.right)), -1)
+
+
+def _move(factor: Tensor, rows: Rows, coordinates: Tensor, kept: float) -> None:
+    """Add to what is kept of a factor where a step of its coordinates takes it, in place."""
+    if rows.right is None and factor.is_contiguous():
+        matrix = _matrix(factor, rows)
+        matrix.addmm_(rows.left, coordinates.view_as(matrix), beta=kept)
+    else:
+        factor.mul_(kept).add_(rows.on(_matrix(coordinates, rows)).view_as(factor))
 
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

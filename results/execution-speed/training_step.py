@@ -22,7 +22,7 @@ from torch import nn
 import kronsearch as ks
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.spec import Run
-from kronsearch.training.optimizer import make_optimizer
+from kronsearch.training.optimizer import FactorAdamW
 from kronsearch.training.precision import KERNELS, Precision, forward, precision_for
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.stages import training_runs
@@ -37,9 +37,7 @@ class Trained:
     def __init__(self, model: nn.Module, precision: Precision, runs: dict[str, Run], threads: int) -> None:
         self.model, self.settings = model.train(), TrainSettings(epochs=1)
         self.precision, self.runs = precision, runs
-        self.optimizer = make_optimizer(
-            model, lr=self.settings.lr, weight_decay=self.settings.weight_decay, device=torch.device("cpu")
-        )
+        self.optimizer = FactorAdamW(model, weight_decay=self.settings.weight_decay, device=torch.device("cpu"))
         self.now = time.process_time if threads == 1 else time.perf_counter
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
@@ -52,8 +50,7 @@ class Trained:
         times.append(self.now())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         times.append(self.now())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(self.settings.lr)
         times.append(self.now())
         return [after - before for before, after in pairwise(times)]
 
