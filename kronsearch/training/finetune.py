@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from kronsearch.errors import TrainingError
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
@@ -51,6 +52,9 @@ class Trainer:
         generator: of everything random.
         device: to run on.
         team: the processes that train together, each of which has a trainer made alike.
+
+    Raises:
+        TrainingError: the networks can't be compiled.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class Trainer:
         device: str | torch.device = "cpu",
         team: Team = ALONE,
     ) -> None:
+        if settings.compiled and team.size > 1:
+            raise TrainingError(f"{team.size} processes can't train compiled networks together: leave --compile out")
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
         self._device, self._team = torch.device(device), team

@@ -14,6 +14,7 @@ from kronsearch.training.batches import Batches
 from kronsearch.training.evaluate import evaluate, outputs
 from kronsearch.training.finetune import Trainer, finetune
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
+from kronsearch.training.team import Team
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +302,12 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch, make_data, make_ne
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler.*\): install what"):
         Trainer(make_network(), make_data(), TrainSettings(epochs=1, compiled=True), generator=seeded())
+
+
+def test_several_processes_can_not_train_compiled_networks(make_data, make_network):
+    settings = TrainSettings(epochs=1, compiled=True)
+    with pytest.raises(TrainingError, match=r"2 processes can't train compiled networks together: leave --compile out"):
+        Trainer(make_network(), make_data(), settings, generator=seeded(), team=Team(0, 2))
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 6])
