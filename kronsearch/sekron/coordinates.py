@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kronsearch.sekron.chain import as_cores
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import all_but, leaves
 
-__all__ = ["Coordinates", "Rows", "row_coordinates"]
+__all__ = ["Coordinates", "Rows", "block_shape", "row_coordinates"]
 
+_BLOCK = 256  # rows of a factor that are mapped together in training
 _RIDGE = 1e-2  # of A's largest eigenvalue; from 1e-8 to 1e-3 the error falls more slowly, with 0.1 about as fast
 
 
@@ -58,26 +60,37 @@ class Coordinates:
 
 
 class Rows(NamedTuple):
-    """A symmetric matrix that a factor matrix (rows, n_k) is multiplied by from the left.
+    """A symmetric matrix, of equal blocks on its diagonal, that a factor matrix (rows, n_k) is multiplied by.
 
     Args:
-        left: (rows, rows), or of a chain's core what belongs to its first rank (R_{k-1}, R_{k-1}).
-        right: None, or of a chain's core what belongs to its second rank (R_k, R_k).
+        left: (blocks, b, b), of which what goes beyond the rows is zero; of a chain's core what belongs to its first
+            rank R_{k-1}.
+        right: None, or of a chain's core what belongs to its second rank R_k.
     """
 
     left: Tensor
     right: Tensor | None = None
 
-    def on(self, matrix: Tensor) -> Tensor:
-        """Return the product."""
+    def on(self, matrix: Tensor, extents: Sequence[int]) -> Tensor:
+        """Return the product; the extents are the number of rows, or of a chain's core its two ranks."""
         if self.right is None:
-            return self.left @ matrix
-        core = (self.left @ matrix.reshape(len(self.left), -1)).reshape(len(self.left), len(self.right), -1)
-        return (self.right @ core).reshape(matrix.shape)
+            return _product(self.left, matrix)
+        core = _product(self.left, matrix.reshape(extents[0], -1)).reshape(*extents, -1)
+        turned = _product(self.right, core.transpose(0, 1).flatten(1))
+        return turned.reshape(extents[1], extents[0], -1).transpose(0, 1).reshape(matrix.shape)
 
     def to(self, dtype: torch.dtype) -> "Rows":
         """Return it in a dtype."""
         return Rows(self.left.to(dtype), None if self.right is None else self.right.to(dtype))
+
+
+def _product(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply a matrix by one with these blocks on its diagonal."""
+    if len(blocks) == 1:
+        return blocks[0] @ matrix
+    count, extent, _ = blocks.shape
+    padded = pad(matrix, (0, 0, 0, count * extent - len(matrix)))
+    return torch.bmm(blocks, padded.reshape(count, extent, -1)).flatten(0, 1)[: len(matrix)]
 
 
 def row_coordinates(matrices: Sequence[Tensor], spec: SeKronSpec) -> list[Rows]:
@@ -85,25 +98,56 @@ def row_coordinates(matrices: Sequence[Tensor], spec: SeKronSpec) -> list[Rows]:
 
     They are the inverse roots of the Gram matrices of what each factor's rows are multiplied with, and symmetric, so
     that they take gradients by the matrices to those by the coordinates, too. Directions in which terms cancel each
-    other are held back by the ridge.
+    other are held back by the ridge. Of more than 256 rows blocks have maps of their own, so that to map a factor takes
+    no more multiplications an entry.
 
     Args:
         matrices: factor matrices (rows, n_k).
         spec: of the factors.
     """
-    if spec.coupling == "tree":
-        return [Rows(_halves(curvature)[1]) for curvature in _curvatures(matrices, matrices, spec)]
-    cores = as_cores(matrices, spec.ranks)
-    lefts, rights = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
-    for core in cores[:-1]:
-        lefts.append(torch.einsum("ab,axn,byn->xy", lefts[-1], core, core))
-    for core in cores[:0:-1]:
-        rights.insert(0, torch.einsum("xy,axn,byn->ab", rights[0], core, core))
-    return [Rows(_halves(left)[1], _halves(right)[1]) for left, right in zip(lefts, rights, strict=True)]
+    if spec.coupling == "chain":
+        cores = as_cores(matrices, spec.ranks)
+        lefts, rights = [cores[0].new_ones(1, 1)], [cores[0].new_ones(1, 1)]
+        for core in cores[:-1]:
+            lefts.append(torch.einsum("ab,axn,byn->xy", lefts[-1], core, core))
+        for core in cores[:0:-1]:
+            rights.insert(0, torch.einsum("xy,axn,byn->ab", rights[0], core, core))
+        return [
+            Rows(*(_inverse_roots([gram[own, own] for own in _blocks(len(gram))]) for gram in pair))
+            for pair in zip(lefts, rights, strict=True)
+        ]
+    columns, found = leaves(matrices, spec.ranks), []
+    for k, matrix in enumerate(matrices):
+        terms = len(columns[k]) // len(matrix)
+        grams = []
+        for own in _blocks(len(matrix)):
+            of_terms = slice(own.start * terms, own.stop * terms)
+            gram = all_but([column[of_terms] @ column[of_terms].T for column in columns], k)
+            grams.append(_by_rows(gram, own.stop - own.start))
+        found.append(Rows(_inverse_roots(grams)))
+    return found
+
+
+def block_shape(rows: int) -> tuple[int, int, int]:
+    """Return the shape of the blocks of so many rows."""
+    blocks = _blocks(rows)
+    return len(blocks), blocks[0].stop, blocks[0].stop
+
+
+def _blocks(rows: int) -> list[slice]:
+    """Cut rows in equal blocks of at most `_BLOCK`, the last one as short as it is."""
+    extent = -(-rows // -(-rows // _BLOCK))
+    return [slice(start, min(start + extent, rows)) for start in range(0, rows, extent)]
+
+
+def _inverse_roots(grams: Sequence[Tensor]) -> Tensor:
+    """Return the inverse roots (blocks, b, b) of Gram matrices, raised by a ridge; the last one may be smaller."""
+    extent = len(grams[0])
+    return torch.stack([pad(_halves(gram)[1], (0, extent - len(gram)) * 2) for gram in grams])
 
 
 def _curvatures(
-    weighed: Sequence[Tensor], plain: Sequence[Tensor], spec: SeKronSpec, energy: float = 1.0, restraint: float = 0.0
+    weighed: Sequence[Tensor], plain: Sequence[Tensor], spec: SeKronSpec, energy: float, restraint: float
 ) -> list[Tensor]:
     """Return the curvature (rows, rows) of error and restraint by each factor of a tree, but for the columns' part."""
     grams = [column @ column.T for column in leaves(weighed, spec.ranks)]
@@ -112,9 +156,13 @@ def _curvatures(
     for k, matrix in enumerate(weighed):
         others = all_but(grams, k) / energy
         others.diagonal().add_(all_but(squares, k), alpha=restraint)
-        own = len(matrix)
-        found.append(others.reshape(own, len(others) // own, own, -1).sum((1, 3)))
+        found.append(_by_rows(others, len(matrix)))
     return found
+
+
+def _by_rows(gram: Tensor, rows: int) -> Tensor:
+    """Add the entries of a Gram matrix of terms that belong to the same two rows."""
+    return gram.reshape(rows, len(gram) // rows, rows, -1).sum((1, 3))
 
 
 def _halves(curvature: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from kronsearch.sekron.coordinates import Rows, row_coordinates
+from kronsearch.sekron.coordinates import Rows, block_shape, row_coordinates
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.tensors import as_matrices
 
@@ -37,6 +37,12 @@ class FactorAdamW:
         shares = {factor: len(layer.factors) for layer in self._layers for factor in layer.factors}
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._decays = {p: weight_decay / shares.get(p, 1) if p.dim() >= 2 or p in shares else 0.0 for p in self._names}
+        self._extents = {
+            factor: _extents(layer, k)
+            for layer in self._layers
+            for k, factor in enumerate(layer.factors)
+            if factor.requires_grad
+        }
         self._rows: dict[nn.Parameter, Rows] = {}
         # what AdamW moves: in the place of a factor how far its coordinates go in a step
         self._moved = {
@@ -58,20 +64,33 @@ class FactorAdamW:
         """Take a step of this learning rate along the parameters' gradients, which are dropped."""
         if self._taken == 0 or (self._taken % _RENEWAL == 0 and (self._taken // _RENEWAL).bit_count() == 1):
             self._renew()
-        factors = [(p, moved, self._rows[p]) for p, moved in self._moved.items() if p in self._rows]
-        for p, moved, rows in factors:
-            moved.grad = None if p.grad is None else rows.on(_matrix(p.grad, rows)).view_as(moved)
+        factors = [(p, self._moved[p]) for p in self._rows]
+        for p, moved in factors:
+            moved.grad = None if p.grad is None else self._mapped(p, p.grad).view_as(moved)
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
-        for p, moved, rows in factors:
+        for p, moved in factors:
             if p.grad is not None:
-                _move(p, rows, moved, 1 - rate * self._decays[p])
+                self._move(p, moved, 1 - rate * self._decays[p])
         if factors:
-            torch._foreach_zero_([moved for _, moved, _ in factors])
+            torch._foreach_zero_([moved for _, moved in factors])
         for p, moved in self._moved.items():
             p.grad = moved.grad = None
         self._taken += 1
+
+    def _mapped(self, factor: nn.Parameter, tensor: Tensor) -> Tensor:
+        """Return what a tensor like a factor, or of its coordinates, is mapped to, as a matrix."""
+        extents = self._extents[factor]
+        return self._rows[factor].on(tensor.reshape(prod(extents), -1), extents)
+
+    def _move(self, factor: nn.Parameter, step: Tensor, kept: float) -> None:
+        """Add to what is kept of a factor where a step of its coordinates takes it, in place."""
+        left, right = self._rows[factor]
+        if right is None and len(left) == 1 and factor.is_contiguous():  # as nearly all are, in one operation
+            factor.view(len(left[0]), -1).addmm_(left[0], step.view(len(left[0]), -1), beta=kept)
+        else:
+            factor.mul_(kept).add_(self._mapped(factor, step).view_as(factor))
 
     def _renew(self) -> None:
         """Take the coordinates at the factors as they are."""
@@ -93,11 +112,10 @@ class FactorAdamW:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
         moved = {name: self._moved[p] for p, name in self._names.items()}
-        extents = self._extents() if (taken := int(state["/taken"])) else {}
-        rows = {
-            p: Rows(*(_of_shape(state, f"{self._names[p]}/{side}", (n, n), p) for side, n in sides.items()))
-            for p, sides in extents.items()
-        }
+        taken, rows = int(state["/taken"]), {}
+        for p, extents in self._extents.items() if taken else ():
+            parts = zip(Rows._fields, extents, strict=False)
+            rows[p] = Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts))
         self._adam.state.clear()
         for key in state.keys() - {"/taken"}:
             name, _, kind = key.rpartition("/")
@@ -111,32 +129,11 @@ class FactorAdamW:
             self._adam.state[own][kind] = into.detach().copy_(_of_shape(state, key, into.shape, into))
         self._rows, self._taken = rows, taken
 
-    def _extents(self) -> dict[nn.Parameter, dict[str, int]]:
-        """Return of every factor that is trained the extents of its coordinates' matrices, by their names."""
-        found = {}
-        for layer in self._layers:
-            edges = (1, *layer.spec.ranks, 1)
-            for k, factor in enumerate(layer.factors):
-                if factor in self._moved:
-                    chain = layer.spec.coupling == "chain"
-                    found[factor] = (
-                        {"left": edges[k], "right": edges[k + 1]} if chain else {"left": prod(layer.spec.rank_shape(k))}
-                    )
-        return found
 
-
-def _matrix(tensor: Tensor, rows: Rows) -> Tensor:
-    """View a factor, or its gradient, as a matrix with these rows."""
-    return tensor.reshape(len(rows.left) * (1 if rows.right is None else len(rows.right)), -1)
-
-
-def _move(factor: Tensor, rows: Rows, coordinates: Tensor, kept: float) -> None:
-    """Add to what is kept of a factor where a step of its coordinates takes it, in place."""
-    if rows.right is None and factor.is_contiguous():
-        matrix = _matrix(factor, rows)
-        matrix.addmm_(rows.left, coordinates.view_as(matrix), beta=kept)
-    else:
-        factor.mul_(kept).add_(rows.on(_matrix(coordinates, rows)).view_as(factor))
+def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
+    """Return how many rows a factor has, or of a chain's core the two ranks that they are made of."""
+    edges = (1, *layer.spec.ranks, 1)
+    return edges[k : k + 2] if layer.spec.coupling == "chain" else (prod(layer.spec.rank_shape(k)),)
 
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 python throughput.py COMPRESSED WEIGHTS CIFAR10_DIR [STEPS [ROUNDS]]
 
-COMPRESSED is the compressed.safetensors of a run with the model that its plan names. All three have a teacher (the
-dense network), the losses, batch size, precision, layout, augmentation, optimizer, clipping and schedule of
-`kronsearch finetune`. They take turns, STEPS steps (10) each, ROUNDS times (9) after a warm-up of one, and another is
-first in each round, so that what else the machine does falls on all; ratios are within a round: quartiles and median.
+COMPRESSED is the compressed.safetensors of a run with the model that its plan names; kronsearch's loop runs with
+`--compile` as well. All have a teacher (the dense network), the losses, batch size, precision, layout, augmentation,
+clipping and schedule of `kronsearch finetune`, and AdamW. They take turns, STEPS steps (10) each, ROUNDS times (9)
+after a warm-up of one, and another is first in each round, so that what else the machine does falls on all; ratios are
+within a round: quartiles and median.
 """
 
 import copy
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,8 +75,12 @@ def by_hand(model: nn.Module, teacher: nn.Module, data: ks.Data, blocks: tuple[s
         yield
 
 
-def kronsearchs(model: nn.Module, teacher: nn.Module, data: ks.Data, blocks: tuple[str, ...]) -> Trainer:
-    return Trainer(model.requires_grad_(), data, SETTINGS, teacher=teacher, blocks=blocks, generator=torch.Generator())
+def kronsearchs(
+    model: nn.Module, teacher: nn.Module, data: ks.Data, blocks: tuple[str, ...], *, compiled: bool = False
+) -> Callable[[int], object]:
+    settings, generator = replace(SETTINGS, compiled=compiled), torch.Generator().manual_seed(0)
+    teacher = copy.deepcopy(teacher)
+    return Trainer(model.requires_grad_(), data, settings, teacher=teacher, blocks=blocks, generator=generator).advance
 
 
 def timed(advance: Callable[[int], object], steps: int) -> float:
@@ -94,9 +100,11 @@ def main() -> None:
     hand = by_hand(copy.deepcopy(dense), copy.deepcopy(dense), data, blocks)
     runs: dict[str, Callable[[int], object]] = {
         "by hand, dense": lambda n: [next(hand) for _ in range(n)],
-        "kronsearch, dense": kronsearchs(copy.deepcopy(dense), dense, data, blocks).advance,
-        "kronsearch, compressed": kronsearchs(load_compressed(dense, file, plan), dense, data, blocks).advance,
     }
+    for words, compiled in (("", False), (", compiled", True)):
+        small = load_compressed(dense, file, plan)
+        runs[f"dense{words}"] = kronsearchs(copy.deepcopy(dense), dense, data, blocks, compiled=compiled)
+        runs[f"compressed{words}"] = kronsearchs(small, dense, data, blocks, compiled=compiled)
     for run in runs.values():
         run(steps)
     speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -105,14 +113,16 @@ def main() -> None:
         for name in order:
             speeds[name].append(timed(runs[name], steps))
         order.append(order.pop(0))
-    hand_speed, dense_speed, small_speed = speeds.values()
     told: dict[str, object] = {name: round(statistics.median(found), 1) for name, found in speeds.items()}
-    for name, above, below in (
-        ("kronsearch / by hand, dense", dense_speed, hand_speed),
-        ("compressed / dense, kronsearch", small_speed, dense_speed),
+    for above, below in (
+        ("dense", "by hand, dense"),
+        ("compressed", "dense"),
+        ("dense, compiled", "dense"),
+        ("compressed, compiled", "compressed"),
+        ("compressed, compiled", "dense, compiled"),
     ):
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        told[name] = [round(q, 3) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
+        ratios = [a / b for a, b in zip(speeds[above], speeds[below], strict=True)]
+        told[f"{above} / {below}"] = [round(q, 3) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
     told |= {"steps": steps, "rounds": rounds, "batch": SETTINGS.batch_size, "precision": precision_for("cpu")}
     told |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "model": plan.model.spec}
     print(json.dumps(told, indent=1))

@@ -1,5 +1,7 @@
 """Coordinates of factors: the way there and back, and that the error is round in them."""
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from kronsearch.sekron import Metric, Moments, SeKronSpec, coordinates
 from kronsearch.sekron.contraction import contract
-from kronsearch.sekron.coordinates import Coordinates, row_coordinates
+from kronsearch.sekron.coordinates import Coordinates, block_shape, row_coordinates
 from kronsearch.sekron.tensors import as_matrices, leaves
 
 SEEDS = st.integers(0, 2**16)
@@ -74,6 +76,11 @@ def test_factors_of_zeros_have_coordinates():
     torch.testing.assert_close(there.matrices(there.start), matrices)
 
 
+def extents_of(spec, k):
+    edges = (1, *spec.ranks, 1)
+    return edges[k : k + 2] if spec.coupling == "chain" else (prod(spec.rank_shape(k)),)
+
+
 @given(data=st.data(), seed=SEEDS)
 @settings(deadline=None)
 def test_kernels_move_as_far_as_row_coordinates(data, seed, draw_case):
@@ -81,19 +88,51 @@ def test_kernels_move_as_far_as_row_coordinates(data, seed, draw_case):
     spec, matrices, _, _ = draw_case(data, seed, ("tree", "chain"))
     for k, rows in enumerate(row_coordinates(matrices, spec)):
         count = len(matrices[k])
-        formed = []
-        for unit in torch.eye(count, dtype=torch.float64):
-            moved = [unit[:, None] if j == k else matrix for j, matrix in enumerate(matrices)]
-            formed.append(contract(moved, spec.ranks).flatten())
-        gram = torch.stack(formed) @ torch.stack(formed).T
-        whole = rows.on(torch.eye(count, dtype=torch.float64))
+        gram = formed_by_rows(spec, matrices, k)
+        whole = rows.on(torch.eye(count, dtype=torch.float64), extents_of(spec, k))
         torch.testing.assert_close(whole, whole.T)
         excess = torch.linalg.eigvalsh((whole @ whole).inverse() - gram)
         most = torch.linalg.eigvalsh(gram)[-1]
         assert -1e-9 * most <= excess[0] <= excess[-1] <= 2.02e-2 * most
 
 
+def formed_by_rows(spec, matrices, k):
+    formed = []
+    for unit in torch.eye(len(matrices[k]), dtype=torch.float64):
+        moved = [unit[:, None] if j == k else matrix for j, matrix in enumerate(matrices)]
+        formed.append(contract(moved, spec.ranks).flatten())
+    return torch.stack(formed) @ torch.stack(formed).T
+
+
+@pytest.mark.parametrize(("block", "extents"), [(5, (5, 5)), (4, (4, 4, 2)), (3, (3, 3, 3, 1)), (10, (10,))])
+def test_blocks_of_rows_have_maps_of_their_own(monkeypatch, random_factors, block, extents):
+    monkeypatch.setattr(coordinates, "_BLOCK", block)
+    spec = SeKronSpec(((6, 1, 1), (1, 1, 9), (1, 8, 1)), (10, 1))
+    matrices = as_matrices(random_factors(spec, 0), spec)
+    for k, rows in enumerate(row_coordinates(matrices, spec)):
+        assert rows.left.shape == block_shape(10) == (len(extents), extents[0], extents[0])
+        whole = rows.on(torch.eye(10, dtype=torch.float64), (10,))
+        gram = formed_by_rows(spec, matrices, k)
+        for own in torch.arange(10).split(extents):
+            part = whole[own][:, own]
+            torch.testing.assert_close(whole[own].norm(), part.norm())  # nothing beside it
+            values = torch.linalg.eigvalsh((part @ part).inverse() - gram[own][:, own])
+            torch.testing.assert_close(values, values.mean().expand_as(values))  # the ridge
+
+
+def test_blocks_of_a_chains_ranks_have_maps_of_their_own(monkeypatch, random_factors):
+    monkeypatch.setattr(coordinates, "_BLOCK", 2)
+    spec = SeKronSpec(((6, 1, 1), (1, 1, 9), (1, 8, 1)), (3, 4), "chain")
+    matrices = as_matrices(random_factors(spec, 0), spec)
+    _, middle, _ = row_coordinates(matrices, spec)
+    assert middle.left.shape == (2, 2, 2)
+    assert middle.right.shape == (2, 2, 2)
+    whole = middle.on(torch.eye(12, dtype=torch.float64), (3, 4))
+    blocks = (torch.block_diag(*middle.left)[:3, :3], torch.block_diag(*middle.right))
+    torch.testing.assert_close(whole, torch.kron(*blocks))
+
+
 def test_of_zeros_row_coordinates_are_the_rows():
     spec = SeKronSpec(((6, 1, 1), (1, 1, 3), (1, 4, 1)), (2, 1))
     for rows in row_coordinates([torch.zeros(2, 6), torch.zeros(2, 3), torch.ones(2, 4)], spec)[:2]:
-        assert torch.equal(rows.left, torch.eye(2))
+        assert torch.equal(rows.left, torch.eye(2)[None])

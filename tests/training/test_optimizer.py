@@ -1,9 +1,11 @@
 import copy
+from math import prod
 
 import pytest
 import torch
 from torch import nn
 
+from kronsearch.sekron import coordinates
 from kronsearch.sekron.convolution import SeKronConv2d
 from kronsearch.sekron.coordinates import row_coordinates
 from kronsearch.sekron.spec import SeKronSpec
@@ -75,8 +77,10 @@ def test_a_first_step_is_the_sign_of_the_gradient_in_the_coordinates(network):
     with torch.no_grad():
         coordinates = row_coordinates(as_matrices(list(layer.factors), layer.spec), layer.spec)
         for k, (rows, old) in enumerate(zip(coordinates, layer.factors, strict=True)):
-            slope = rows.on(gradients[f"1.factors.{k}"].reshape(len(as_matrices([*layer.factors], layer.spec)[k]), -1))
-            step = rows.on(0.01 * slope / (slope.abs() + 1e-8)).view_as(old)
+            edges = (1, *layer.spec.ranks, 1)[k : k + 2] if layer.spec.coupling == "chain" else old.shape[:0]
+            extents = edges or (len(as_matrices(list(layer.factors), layer.spec)[k]),)
+            slope = rows.on(gradients[f"1.factors.{k}"].reshape(prod(extents), -1), extents)
+            step = rows.on(0.01 * slope / (slope.abs() + 1e-8), extents).view_as(old)
             torch.testing.assert_close(network[1].factors[k], old - step, atol=1e-5, rtol=1e-4)
 
 
@@ -120,6 +124,11 @@ def test_a_factor_without_a_gradient_stays(network):
     assert all(torch.equal(p, after.get_parameter(name)) for name, p in network.named_parameters())
 
 
+def test_rows_in_blocks_go_on_as_well(monkeypatch, network):
+    monkeypatch.setattr(coordinates, "_BLOCK", 2)
+    test_with_its_state_it_goes_on_as_it_would_have(network, torch.contiguous_format)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_with_its_state_it_goes_on_as_it_would_have(network, layout):
     network = network.to(memory_format=layout)
@@ -149,7 +158,7 @@ def test_before_the_first_step_there_is_nothing_to_go_on_with(network):
         ({"9.weight/exp_avg": torch.zeros(4)}, KeyError),
         ({"0.weight/exp_avg": torch.zeros(5)}, ValueError),
         ({"0.weight/other": torch.zeros(4)}, ValueError),
-        ({"1.factors.1/left": torch.zeros(4, 4)}, ValueError),
+        ({"1.factors.1/left": torch.zeros(1, 4, 4)}, ValueError),
         ({"1.factors.1/right": None}, KeyError),
         ({"/taken": None}, KeyError),
     ],
