@@ -141,9 +141,13 @@ def _blocks(rows: int) -> list[slice]:
 
 
 def _inverse_roots(grams: Sequence[Tensor]) -> Tensor:
-    """Return the inverse roots (blocks, b, b) of Gram matrices, raised by a ridge; the last one may be smaller."""
+    """Return the inverse roots (blocks, b, b) of Gram matrices, raised by a ridge; the last one may be smaller.
+
+    Of what is not finite, as in a training that has diverged, it is the identity.
+    """
     extent = len(grams[0])
-    return torch.stack([pad(_halves(gram)[1], (0, extent - len(gram)) * 2) for gram in grams])
+    roots = [_halves(gram)[1] if bool(gram.isfinite().all()) else torch.eye(len(gram)).to(gram) for gram in grams]
+    return torch.stack([pad(root, (0, extent - len(root)) * 2) for root in roots])
 
 
 def _curvatures(

@@ -136,3 +136,11 @@ def test_of_zeros_row_coordinates_are_the_rows():
     spec = SeKronSpec(((6, 1, 1), (1, 1, 3), (1, 4, 1)), (2, 1))
     for rows in row_coordinates([torch.zeros(2, 6), torch.zeros(2, 3), torch.ones(2, 4)], spec)[:2]:
         assert torch.equal(rows.left, torch.eye(2)[None])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_of_what_is_not_finite_row_coordinates_are_the_rows(value):
+    spec = SeKronSpec(((6, 1, 1), (1, 1, 3), (1, 4, 1)), (2, 1))
+    first, *others = row_coordinates([torch.full((2, 6), value), torch.ones(2, 3), torch.ones(2, 4)], spec)
+    assert all(torch.equal(rows.left, torch.eye(2)[None]) for rows in others)
+    assert first.left.isfinite().all()
