@@ -127,9 +127,10 @@ def test_progress_tells_steps_and_scores(begin, tmp_path):
     ("options", "told"),
     [
         ({"epochs": 3.0}, "epochs was 2.5, is 3.0"),
-        ({"lr": None}, "lr was 0.002, is 1.4"),
+        ({"lr": None}, "lr was 0.002, is 3.7"),
         ({"batch_size": 20}, "batch size was 10, is 20"),
         ({"label_weight": 0.5}, "label weight was 0.0, is 0.5"),
+        ({"compiled": True}, "compiled was False, is True"),
         ({"seed": 1}, "seed was 0, is 1"),
     ],
 )
