@@ -125,7 +125,7 @@ class FactorAdamW:
                 raise ValueError(f"{key} is no state of a parameter")
             own = moved[name]
             # laid out as the parameter is: the fused step walks through both by their places in memory
-            into = torch.empty_like(own) if kind != "step" else torch.empty(())
+            into = torch.empty_like(own) if kind != "step" else torch.empty((), device=own.device)
             self._adam.state[own][kind] = into.detach().copy_(_of_shape(state, key, into.shape, into))
         self._rows, self._taken = rows, taken
 
