@@ -80,13 +80,13 @@ class Trainer:
         self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
+        self._runner, self._teacher = team.wrapped(model, self._device), teacher
+        if settings.compiled:  # which may fail, so that hooks come after it; both are traced when they run first
+            self._runner, self._teacher = compiled(self._runner), None if teacher is None else compiled(teacher)
         watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
         self._recorder, self._wanted = (
             Recorder(network, watched) if network is not None and watched else None for network in (model, teacher)
         )
-        self._runner, self._teacher = team.wrapped(model, self._device), teacher
-        if settings.compiled:
-            self._runner, self._teacher = compiled(self._runner), None if teacher is None else compiled(teacher)
 
     def __enter__(self) -> Self:
         return self

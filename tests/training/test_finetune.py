@@ -300,8 +300,10 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch, make_data, make_ne
         raise OSError("no compiler\nanywhere")
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
+    model, teacher, settings = make_network(), make_network(1), TrainSettings(epochs=1, compiled=True)
     with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler.*\): install what"):
-        Trainer(make_network(), make_data(), TrainSettings(epochs=1, compiled=True), generator=seeded())
+        Trainer(model, make_data(), settings, teacher=teacher, blocks=["conv"], generator=seeded())
+    assert not any(module._forward_hooks for network in (model, teacher) for module in network.modules())
 
 
 def test_several_processes_can_not_train_compiled_networks(make_data, make_network):
