@@ -1,16 +1,14 @@
-"""What a student is trained for: labels, its teacher's outputs, and the outputs of the teacher's blocks."""
+"""What a student is trained for: labels, and its teacher's outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kronsearch.training.blocks import Recorder
-from kronsearch.training.precision import Precision, eval_mode, forward
 from kronsearch.training.schedule import TrainSettings
 from kronsearch.training.task import Task
 
-__all__ = ["Labels", "softened_divergence", "teacher_outputs", "training_loss"]
+__all__ = ["Labels", "softened_divergence", "training_loss"]
 
 Labels = Sequence[tuple[float, Tensor]]
 """Targets of a batch with the part of each input that they hold for; the parts add up to 1."""
@@ -39,18 +37,3 @@ def softened_divergence(outputs: Tensor, wanted: Tensor, task: Task, temperature
 
 def _label_loss(outputs: Tensor, labels: Labels, task: Task) -> Tensor:
     return torch.stack([share * task.loss(outputs, targets) for share, targets in labels]).sum()
-
-
-def teacher_outputs(
-    teacher: nn.Module | None,
-    inputs: Tensor,
-    precision: Precision,
-    settings: TrainSettings,
-    recorder: Recorder | None,
-) -> tuple[Tensor | None, Mapping[str, Tensor]]:
-    """Return the teacher's outputs and those of its blocks that are recorded, where the loss needs either."""
-    if teacher is None or (settings.label_weight == 1 and recorder is None):
-        return None, {}
-    with torch.no_grad(), eval_mode(teacher):
-        outputs = forward(teacher, inputs, precision)
-    return outputs, {} if recorder is None else recorder.take()

@@ -1,8 +1,7 @@
 """The training loop: AdamW under a cosine, from labels and a teacher's outputs, watched and stopped from outside."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,11 +15,13 @@ from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import Recorder, feature_distance
 from kronsearch.training.data import Data
-from kronsearch.training.distillation import Labels, teacher_outputs, training_loss
+from kronsearch.training.distillation import Labels, training_loss
 from kronsearch.training.optimizer import FactorAdamW
-from kronsearch.training.precision import KERNELS, compiled, forward, precision_for
+from kronsearch.training.precision import KERNELS, forward, precision_for, require_compiler
+from kronsearch.training.randomness import own_randomness
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
+from kronsearch.training.teacher import Teacher
 from kronsearch.training.team import ALONE, Team
 
 __all__ = ["StepReport", "Trainer", "finetune"]
@@ -47,7 +48,7 @@ class Trainer:
         model: to train, with its trainable parameters.
         data: whose training split.
         settings: how.
-        teacher: run in eval mode; None for labels alone.
+        teacher: of which a copy runs in eval mode; None for labels alone.
         blocks: dotted names of modules that both networks have, whose outputs the student shall come near to.
         generator: of everything random.
         device: to run on.
@@ -76,17 +77,19 @@ class Trainer:
         self._device, self._team = torch.device(device), team
         self._task = data.task
         self._precision = precision_for(device)
-        self._runs: dict[str, Run] | None = None  # known with the first batch
         self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
-        self._runner, self._teacher = team.wrapped(model, self._device), teacher
-        if settings.compiled:  # which may fail, so that hooks come after it; both are traced when they run first
-            self._runner, self._teacher = compiled(self._runner), None if teacher is None else compiled(teacher)
-        watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
-        self._recorder, self._wanted = (
-            Recorder(network, watched) if network is not None and watched else None for network in (model, teacher)
-        )
+        self._runner = team.wrapped(model, self._device)
+        if settings.compiled:
+            require_compiler()
+            self._runner = torch.compile(self._runner)  # type: ignore[assignment]
+        self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
+        self._recorder = Recorder(model, self._watched)
+        self._learnt_from = teacher if self._watched or settings.label_weight < 1 else None
+        # both made with the first batch
+        self._teacher: Teacher | None = None
+        self._runs: dict[str, Run] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -102,9 +105,7 @@ class Trainer:
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._batches.close()
-        for recorder in (self._recorder, self._wanted):
-            if recorder is not None:
-                recorder.close()
+        self._recorder.close()
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
@@ -124,10 +125,9 @@ class Trainer:
             examples += len(inputs)
             inputs, labels = self._mixed(inputs, targets, seed)
             if self._runs is None:
-                share = -(-len(inputs) // self._team.size)
-                self._runs = training_runs(self.model, inputs, share, self._precision)
+                self._prepare(inputs)
             own, part = self._team.share(len(inputs))
-            with _own_randomness(seed + self._team.rank, self._device):
+            with own_randomness(seed + self._team.rank, self._device):
                 loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
                 self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
@@ -148,12 +148,22 @@ class Trainer:
         share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
         return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
 
+    def _prepare(self, inputs: Tensor) -> None:
+        """Make what depends on how a batch looks."""
+        share = -(-len(inputs) // self._team.size)
+        self._runs = training_runs(self.model, inputs, share, self._precision)
+        if self._learnt_from is not None:
+            compiled = self.settings.compiled
+            self._teacher = Teacher(
+                self._learnt_from, self._watched, inputs, precision=self._precision, compiled=compiled
+            )
+
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
-        wanted, features = teacher_outputs(self._teacher, inputs, self._precision, self.settings, self._wanted)
+        wanted, features = (None, {}) if self._teacher is None else self._teacher(inputs)
         with kernels_formed(self.model, KERNELS[self._precision], self._runs):
             outputs = forward(self._runner, inputs, self._precision)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
-        if self._recorder is not None:
+        if self._watched:
             loss = loss + self.settings.feature_weight * feature_distance(self._recorder.take(), features)
         return loss
 
@@ -205,15 +215,3 @@ def finetune(
     """Train `model` in place to the end (see `Trainer`), leave it in eval mode, and return the one report."""
     with Trainer(model, data, settings, teacher=teacher, blocks=blocks, generator=generator, device=device) as trainer:
         return trainer.advance(trainer.total_steps)
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Let what draws from the global generators (dropout) draw from a seed, and put them back after."""
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, TrainingError, first_line
 
-__all__ = ["KERNELS", "Precision", "compiled", "eval_mode", "forward", "precision_for"]
+__all__ = ["KERNELS", "Precision", "eval_mode", "forward", "precision_for", "require_compiler"]
 
 Precision = Literal["bf16", "float32"]
 KERNELS: Mapping[Precision, torch.dtype | None] = {"bf16": torch.bfloat16, "float32": None}  # for `kernels_formed`
@@ -53,20 +53,14 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """Return a network that runs the model, with all its parameters, through `torch.compile`.
-
-    Raises:
-        TrainingError: that does not work on this machine, for the want of a compiler for instance.
-    """
+def require_compiler() -> None:
+    """Raise TrainingError if `torch.compile` does not work on this machine, for the want of a compiler for instance."""
     try:
-        torch.compile(torch.nn.functional.gelu)(torch.ones(2))  # is there a compiler at all?
-        network: nn.Module = torch.compile(model)  # type: ignore[assignment]
+        torch.compile(torch.nn.functional.gelu)(torch.ones(2))
     except Exception as error:  # whatever it raises, which has no public base
         raise TrainingError(
             f"torch.compile does not work here ({first_line(error)}): install what it needs, or train without it"
         ) from error
-    return network
 
 
 def _advice(model: nn.Module) -> str:
