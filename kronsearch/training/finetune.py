@@ -8,7 +8,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kronsearch.errors import TrainingError
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
@@ -70,8 +69,8 @@ class Trainer:
         device: str | torch.device = "cpu",
         team: Team = ALONE,
     ) -> None:
-        if settings.compiled and team.size > 1:
-            raise TrainingError(f"{team.size} processes can't train compiled networks together: leave --compile out")
+        if settings.compiled:
+            require_compiler(team.size)
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
         self._device, self._team = torch.device(device), team
@@ -80,10 +79,8 @@ class Trainer:
         self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
-        self._runner = team.wrapped(model, self._device)
-        if settings.compiled:
-            require_compiler()
-            self._runner = torch.compile(self._runner)  # type: ignore[assignment]
+        runner = team.wrapped(model, self._device)
+        self._runner: nn.Module = torch.compile(runner) if settings.compiled else runner  # type: ignore[assignment]
         self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
         self._recorder = Recorder(model, self._watched)
         self._learnt_from = teacher if self._watched or settings.label_weight < 1 else None

@@ -53,8 +53,14 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def require_compiler() -> None:
-    """Raise TrainingError if `torch.compile` does not work on this machine, for the want of a compiler for instance."""
+def require_compiler(processes: int = 1) -> None:
+    """See whether this many processes can train networks that run through `torch.compile`.
+
+    Raises:
+        TrainingError: they are several, or it does not work on this machine, for the want of a compiler for instance.
+    """
+    if processes > 1:
+        raise TrainingError(f"{processes} processes can't train compiled networks together: leave --compile out")
     try:
         torch.compile(torch.nn.functional.gelu)(torch.ones(2))
     except Exception as error:  # whatever it raises, which has no public base

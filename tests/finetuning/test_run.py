@@ -182,6 +182,16 @@ def test_senseless_settings_are_one_line(begin, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_without_a_compiler_nothing_is_begun(begin, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler\)"):
+        begin(tmp_path / "out", compiled=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(b"something else")
