@@ -33,7 +33,7 @@ class Progress:
         done: how much of it is done, in units of `total`.
         total: how much there is.
         message: what was just done, in a few words.
-        best: what the best trial came to so far, in what trials minimise; in a fine-tune, the best score.
+        best: what the best trial came to so far, in what trials minimise; in a fine-tune, the kept network's score.
         macs: MACs of the plan in hand.
         params: parameters of the plan in hand.
     """

@@ -21,6 +21,7 @@ from kronsearch.plan import Plan
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
 from kronsearch.training.finetune import Trainer
+from kronsearch.training.precision import require_compiler
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 from kronsearch.training.team import ALONE, Team
 
@@ -140,8 +141,11 @@ class Course:
 
         Raises:
             CheckpointError: what was found is of another network.
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or the networks can't be compiled.
         """
+        steps = total_steps(self._settings, self._data.size("train"))
+        if self._settings.compiled and not (found is not None and found[0].log and found[0].log[-1].step == steps):
+            require_compiler(self._device, self._team.size)
         if self._team.leads:
             make_folder(self._out)
         if found is None:

@@ -46,8 +46,8 @@ class Loop:
         validation: of the data, beside the dense network.
         plan: of the network.
         out: where files are written to; None in all processes but the first.
-        tell: is called with the number of steps done and that of all, a few words, and the best score so far where it
-            is news.
+        tell: is called with the number of steps done and that of all, a few words, and the score of the network that is
+            kept where it is news.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from kronsearch.training.evaluate import Evaluation
 __all__ = ["Record", "Row", "read_record", "save_log", "save_record"]
 
 _FORMAT = "kronsearch-finetune"
-_VERSION = 1
+_VERSION = 2
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 

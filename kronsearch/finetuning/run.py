@@ -19,7 +19,6 @@ from kronsearch.plan import Plan, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
-from kronsearch.training.precision import require_compiler
 from kronsearch.training.team import join
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -98,8 +97,6 @@ def finetune(
     settings = long_settings(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled
     )
-    if compiled:
-        require_compiler(team.size)
     dense = copy.deepcopy(model).to(own_device).eval()
     evaluate(dense, data, "val", limit=16, device=own_device)  # what can't be done together is known at once
 

@@ -11,6 +11,7 @@ products.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,12 @@ class Rows(NamedTuple):
         turned = _product(self.right, core.transpose(0, 1).flatten(1))
         return turned.reshape(extents[1], extents[0], -1).transpose(0, 1).reshape(matrix.shape)
 
+    @property
+    def size(self) -> float:
+        """The root of the sum of its squared entries."""
+        right = 1.0 if self.right is None else float(torch.linalg.vector_norm(self.right))
+        return float(torch.linalg.vector_norm(self.left)) * right
+
     def to(self, dtype: torch.dtype) -> "Rows":
         """Return it in a dtype."""
         return Rows(self.left.to(dtype), None if self.right is None else self.right.to(dtype))
@@ -122,7 +129,8 @@ def row_coordinates(matrices: Sequence[Tensor], spec: SeKronSpec) -> list[Rows]:
         grams = []
         for own in _blocks(len(matrix)):
             of_terms = slice(own.start * terms, own.stop * terms)
-            gram = all_but([column[of_terms] @ column[of_terms].T for column in columns], k)
+            others = [column[of_terms] for j, column in enumerate(columns) if j != k]
+            gram = reduce(torch.mul, (column @ column.T for column in others), matrix.new_ones(1, 1))
             grams.append(_by_rows(gram, own.stop - own.start))
         found.append(Rows(_inverse_roots(grams)))
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Recorder", "block_names", "feature_distance"]
+__all__ = ["Watched", "block_names", "feature_distance"]
 
 
 def block_names(layers: Iterable[str]) -> tuple[str, ...]:
@@ -15,17 +15,30 @@ def block_names(layers: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in layers} - {""}))
 
 
-class Recorder:
-    """Records what the named modules of a network return, those that return one floating tensor; the last call counts.
+class Watched(nn.Module):
+    """A network that returns, with its outputs, those of some of its modules by their names.
 
-    Its hooks stay until it is closed: a compiled network keeps those that it was compiled with. Raises AttributeError
-    if the model has no such module.
+    Of these, those that return one floating tensor; of several calls the last one counts. The hooks that this takes
+    stay until it is closed. That names are read in `forward` lets compiled code be reused for the same ones only: hooks
+    alone would not.
+
+    Args:
+        network: to run.
+        names: dotted names of modules of the model.
+        model: whose modules they are; None is the network itself.
+
+    Raises:
+        AttributeError: the model has no such module.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, network: nn.Module, names: Iterable[str], model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network, self.names = network, tuple(names)
         self._seen: dict[str, Tensor] = {}
-        modules = {name: model.get_submodule(name) for name in names}
-        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+        modules = [(network if model is None else model).get_submodule(name) for name in self.names]
+        self._handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in zip(self.names, modules, strict=True)
+        ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
         seen = self._seen
@@ -36,17 +49,17 @@ class Recorder:
 
         return hook
 
-    def take(self) -> dict[str, Tensor]:
-        """Return what was recorded since the last time, by the modules' names, and forget it."""
-        taken = dict(self._seen)
+    def forward(self, inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Return the network's outputs, and those of the modules."""
+        outputs = self.network(inputs)
+        found = {name: self._seen[name] for name in self.names if name in self._seen}
         self._seen.clear()
-        return taken
+        return outputs, found
 
     def close(self) -> None:
-        """Record no more."""
+        """Watch no more."""
         for handle in self._handles:
             handle.remove()
-        self._seen.clear()
 
 
 def feature_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:

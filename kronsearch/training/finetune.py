@@ -12,11 +12,18 @@ from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
-from kronsearch.training.blocks import Recorder, feature_distance
+from kronsearch.training.blocks import Watched, feature_distance
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, training_loss
 from kronsearch.training.optimizer import FactorAdamW
-from kronsearch.training.precision import KERNELS, forward, precision_for, require_compiler
+from kronsearch.training.precision import (
+    KERNELS,
+    forward_watched,
+    is_of_compiler,
+    no_compiling,
+    precision_for,
+    require_compiler,
+)
 from kronsearch.training.randomness import own_randomness
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
@@ -54,7 +61,8 @@ class Trainer:
         team: the processes that train together, each of which has a trainer made alike.
 
     Raises:
-        TrainingError: the networks can't be compiled.
+        AttributeError: a network has not all of the blocks.
+        TrainingError: several processes are to train compiled networks.
     """
 
     def __init__(
@@ -69,21 +77,27 @@ class Trainer:
         device: str | torch.device = "cpu",
         team: Team = ALONE,
     ) -> None:
-        if settings.compiled:
-            require_compiler(team.size)
+        if settings.compiled and team.size > 1:
+            require_compiler(device, team.size)
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
         self._device, self._team = torch.device(device), team
         self._task = data.task
         self._precision = precision_for(device)
-        self._optimizer = FactorAdamW(model, weight_decay=settings.weight_decay, device=self._device)
+        self._optimizer = FactorAdamW(
+            model, weight_decay=settings.weight_decay, highest_rate=settings.lr, device=self._device
+        )
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
-        runner = team.wrapped(model, self._device)
-        self._runner: nn.Module = torch.compile(runner) if settings.compiled else runner  # type: ignore[assignment]
-        self._watched = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
-        self._recorder = Recorder(model, self._watched)
-        self._learnt_from = teacher if self._watched or settings.label_weight < 1 else None
+        self._blocks = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
+        self._learnt_from = teacher if self._blocks or settings.label_weight < 1 else None
+        if self._learnt_from is not None:
+            for name in self._blocks:  # before there are hooks
+                self._learnt_from.get_submodule(name)
+        self._watched = Watched(team.wrapped(model, self._device), self._blocks, model)
+        self._runner: nn.Module = self._watched
+        if settings.compiled:
+            self._runner = torch.compile(self._watched)  # type: ignore[assignment]
         # both made with the first batch
         self._teacher: Teacher | None = None
         self._runs: dict[str, Run] | None = None
@@ -102,14 +116,14 @@ class Trainer:
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._batches.close()
-        self._recorder.close()
+        self._watched.close()
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 
     def advance(self, steps: int) -> StepReport:
         """Train for so many steps, or as many as there are left, and report.
 
-        Raises DataError or ModelError from the task and the forward pass.
+        Raises DataError or ModelError from the task and the forward pass, TrainingError if networks can't be compiled.
         """
         last = min(self.step + steps, self.total_steps)
         examples, begun, loss_sum = 0, self.step, torch.zeros((), device=self._device)
@@ -126,7 +140,7 @@ class Trainer:
             own, part = self._team.share(len(inputs))
             with own_randomness(seed + self._team.rank, self._device):
                 loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
-                self._team.differentiate(loss)
+                self._differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
             self._optimizer.step(rate)
             loss_sum += loss.detach()
@@ -137,6 +151,14 @@ class Trainer:
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
         speed = examples / (time.perf_counter() - started)
         return StepReport(self.step, self.total_steps, mean_loss, rate, speed)
+
+    def _differentiate(self, loss: Tensor) -> None:
+        try:
+            self._team.differentiate(loss)
+        except RuntimeError as error:
+            if is_of_compiler(error):
+                raise no_compiling(error) from error
+            raise
 
     def _mixed(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Labels]:
         """Return a batch as it is learnt from: with what part of it each label holds for."""
@@ -152,16 +174,16 @@ class Trainer:
         if self._learnt_from is not None:
             compiled = self.settings.compiled
             self._teacher = Teacher(
-                self._learnt_from, self._watched, inputs, precision=self._precision, compiled=compiled
+                self._learnt_from, self._blocks, inputs, precision=self._precision, compiled=compiled
             )
 
     def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
-        wanted, features = (None, {}) if self._teacher is None else self._teacher(inputs)
+        wanted, theirs = (None, {}) if self._teacher is None else self._teacher(inputs)
         with kernels_formed(self.model, KERNELS[self._precision], self._runs):
-            outputs = forward(self._runner, inputs, self._precision)
+            outputs, ours = forward_watched(self._runner, inputs, self._precision, self.model)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
-        if self._watched:
-            loss = loss + self.settings.feature_weight * feature_distance(self._recorder.take(), features)
+        if self._blocks:
+            loss = loss + self.settings.feature_weight * feature_distance(ours, theirs)
         return loss
 
     def state(self) -> dict[str, Tensor]:

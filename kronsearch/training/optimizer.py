@@ -1,8 +1,8 @@
 """AdamW for factorised networks, and its state as tensors by name."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from kronsearch.sekron.tensors import as_matrices
 
 __all__ = ["FactorAdamW"]
 
+_FAR = 0.1  # of a factor's size; CIFAR's ResNets at their highest rates go 0.005 as a rule, and up to 0.02
 _RENEWAL = 100  # steps until coordinates are taken anew; then twice as many, and so on, so that they never cost much
 
 
@@ -21,7 +22,9 @@ class FactorAdamW:
 
     In these coordinates a kernel moves as far as they do (`row_coordinates`), whatever its structure and ranks and
     however its factors are scaled: a rate means about what it does for dense kernels. They are those of the factors
-    at the first step, and are taken anew after 100, 200, 400 steps and so on.
+    at the first step, and are taken anew after 100, 200, 400 steps and so on. Of a kernel that is small beside the rate
+    they are shortened, so that no factor moves farther in a step than by a tenth of its size, or by the rate: how far a
+    product of factors goes is told by its slope only while each of them goes a short way.
 
     Tensors of two or more dimensions decay. A kernel of S factors decays by the product of what its factors do, so each
     of them has an S-th of it: else the more factors a kernel has, the faster it would shrink.
@@ -29,10 +32,12 @@ class FactorAdamW:
     Args:
         model: with its parameters on the device.
         weight_decay: of tensors of two or more dimensions.
+        highest_rate: that steps will be taken with.
         device: of the parameters.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, *, weight_decay: float, highest_rate: float, device: torch.device) -> None:
+        self._highest_rate = highest_rate
         self._layers = [module for module in model.modules() if isinstance(module, SeKronLayer)]
         shares = {factor: len(layer.factors) for layer in self._layers for factor in layer.factors}
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -82,7 +87,7 @@ class FactorAdamW:
     def _mapped(self, factor: nn.Parameter, tensor: Tensor) -> Tensor:
         """Return what a tensor like a factor, or of its coordinates, is mapped to, as a matrix."""
         extents = self._extents[factor]
-        return self._rows[factor].on(tensor.reshape(prod(extents), -1), extents)
+        return self._rows[factor].on(tensor.reshape(math.prod(extents), -1), extents)
 
     def _move(self, factor: nn.Parameter, step: Tensor, kept: float) -> None:
         """Add to what is kept of a factor where a step of its coordinates takes it, in place."""
@@ -97,9 +102,16 @@ class FactorAdamW:
         for layer in self._layers:
             factors = list(layer.factors)
             matrices = as_matrices([f.to(torch.promote_types(f.dtype, torch.float32)) for f in factors], layer.spec)
-            for factor, rows in zip(factors, row_coordinates(matrices, layer.spec), strict=True):
+            for factor, matrix, rows in zip(factors, matrices, row_coordinates(matrices, layer.spec), strict=True):
                 if factor in self._moved:
-                    self._rows[factor] = rows.to(factor.dtype)
+                    self._rows[factor] = self._shortened(rows, matrix).to(factor.dtype)
+
+    def _shortened(self, rows: Rows, matrix: Tensor) -> Rows:
+        """Return coordinates in which a step of AdamW, of about the rate in each, moves a factor matrix a short way."""
+        rate, (_, columns) = self._highest_rate, matrix.shape
+        reach = rate * rows.size * math.sqrt(columns)
+        far = max(_FAR * float(torch.linalg.vector_norm(matrix)), rate * math.sqrt(matrix.numel()))
+        return Rows(rows.left * (far / reach), rows.right) if reach > far else rows
 
     def state(self) -> dict[str, Tensor]:
         """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
@@ -133,7 +145,7 @@ class FactorAdamW:
 def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
     """Return how many rows a factor has, or of a chain's core the two ranks that they are made of."""
     edges = (1, *layer.spec.ranks, 1)
-    return edges[k : k + 2] if layer.spec.coupling == "chain" else (prod(layer.spec.rank_shape(k)),)
+    return edges[k : k + 2] if layer.spec.coupling == "chain" else (math.prod(layer.spec.rank_shape(k)),)
 
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

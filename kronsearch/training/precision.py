@@ -2,14 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, TrainingError, first_line
 
-__all__ = ["KERNELS", "Precision", "eval_mode", "forward", "precision_for", "require_compiler"]
+__all__ = [
+    "KERNELS",
+    "Precision",
+    "eval_mode",
+    "forward",
+    "forward_watched",
+    "is_of_compiler",
+    "no_compiling",
+    "precision_for",
+    "require_compiler",
+]
 
 Precision = Literal["bf16", "float32"]
 KERNELS: Mapping[Precision, torch.dtype | None] = {"bf16": torch.bfloat16, "float32": None}  # for `kernels_formed`
@@ -33,18 +43,38 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     Images (four dimensions) are handed over in the channels_last layout. Raises ModelError if the model can't run on
     them, or returns anything but one tensor.
     """
+    return _one_tensor(_run(model, inputs, precision, model), model)
+
+
+def forward_watched(
+    watched: nn.Module, inputs: Tensor, precision: Precision, model: nn.Module
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a watched network, compiled or not, and return what `forward` does, and the outputs of its blocks.
+
+    Raises ModelError as `forward` does, and TrainingError where it can't be compiled; the model is what they name.
+    """
+    outputs, blocks = _run(watched, inputs, precision, model)
+    return _one_tensor(outputs, model), blocks
+
+
+def _run(network: nn.Module, inputs: Tensor, precision: Precision, named: nn.Module) -> Any:
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     try:
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            outputs = model(inputs)
+            return network(inputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if is_of_compiler(error):
+            raise no_compiling(error) from error
         reason = first_line(error)
         raise ModelError(
-            f"{type(model).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(model)}"
+            f"{type(named).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(named)}"
         ) from error
+
+
+def _one_tensor(outputs: object, model: nn.Module) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise ModelError(
             f"{type(model).__name__} returned a {type(outputs).__name__}, one tensor is needed: switch auxiliary "
@@ -53,8 +83,20 @@ def forward(model: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def require_compiler(processes: int = 1) -> None:
-    """See whether this many processes can train networks that run through `torch.compile`.
+def is_of_compiler(error: BaseException) -> bool:
+    """Tell whether an error was raised by `torch.compile`, whose errors have no public class."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
+
+
+def no_compiling(error: BaseException) -> TrainingError:
+    """Return what is told where `torch.compile` has raised an error."""
+    return TrainingError(
+        f"torch.compile does not work here ({first_line(error)}): install what it needs, or train without it"
+    )
+
+
+def require_compiler(device: str | torch.device, processes: int = 1) -> None:
+    """See whether this many processes can train networks that run through `torch.compile` on a device.
 
     Raises:
         TrainingError: they are several, or it does not work on this machine, for the want of a compiler for instance.
@@ -62,11 +104,10 @@ def require_compiler(processes: int = 1) -> None:
     if processes > 1:
         raise TrainingError(f"{processes} processes can't train compiled networks together: leave --compile out")
     try:
-        torch.compile(torch.nn.functional.gelu)(torch.ones(2))
-    except Exception as error:  # whatever it raises, which has no public base
-        raise TrainingError(
-            f"torch.compile does not work here ({first_line(error)}): install what it needs, or train without it"
-        ) from error
+        probe = torch.ones(2, device=device, requires_grad=True)
+        torch.autograd.grad(torch.compile(torch.nn.functional.gelu)(probe).sum(), probe)
+    except Exception as error:  # whatever it raises
+        raise no_compiling(error) from error
 
 
 def _advice(model: nn.Module) -> str:

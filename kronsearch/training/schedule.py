@@ -29,7 +29,7 @@ class TrainSettings:
     With `mixing`, every batch of floating inputs is mixed with itself in reverse order, in shares that are drawn anew
     for each batch (mixup: Zhang et al., 2018): of a teacher that knows its training images by heart there is more to
     learn between them (Beyer et al., 2022). With `averaging` > 0 the weights' exponential average of that decay is what
-    training results in.
+    training results in. With `compiled`, both networks run through `torch.compile`.
     """
 
     epochs: float

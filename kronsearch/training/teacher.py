@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from kronsearch.training.blocks import Recorder
-from kronsearch.training.precision import Precision, forward
+from kronsearch.training.blocks import Watched
+from kronsearch.training.precision import Precision, forward, forward_watched
 from kronsearch.training.randomness import own_randomness
 
 __all__ = ["Teacher", "without_norms"]
@@ -33,16 +33,15 @@ class Teacher:
     def __init__(
         self, network: nn.Module, blocks: Sequence[str], example: Tensor, *, precision: Precision, compiled: bool
     ) -> None:
-        own = without_norms(network, example[:1], blocks)
-        self._recorder = Recorder(own, blocks)  # before it is traced
-        self._network: nn.Module = torch.compile(own) if compiled else own  # type: ignore[assignment]
+        self._network = without_norms(network, example[:1], blocks)
+        watched = Watched(self._network, blocks)
+        self._watched: nn.Module = torch.compile(watched) if compiled else watched  # type: ignore[assignment]
         self._precision = precision
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return the outputs for a batch, and those of the blocks by name. Raises what `forward` raises."""
+        """Return the outputs for a batch, and those of the blocks by name. Raises what `forward_watched` raises."""
         with torch.no_grad():
-            outputs = forward(self._network, inputs, self._precision)
-        return outputs, self._recorder.take()
+            return forward_watched(self._watched, inputs, self._precision, self._network)
 
 
 def without_norms(network: nn.Module, example: Tensor, blocks: Sequence[str] = ()) -> nn.Module:
@@ -90,12 +89,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _run(network: nn.Module, example: Tensor, blocks: Sequence[str]) -> list[Tensor]:
     """Return the outputs of the network and of its blocks; random numbers, if it draws any, are the same each time."""
-    recorder = Recorder(network, blocks)
+    watched = Watched(network, blocks)
     try:
         with own_randomness(0, example.device):
-            return [forward(network, example, "float32"), *recorder.take().values()]
+            outputs, found = forward_watched(watched, example, "float32", network)
     finally:
-        recorder.close()
+        watched.close()
+    return [outputs, *found.values()]
 
 
 def _pairs(network: nn.Module, example: Tensor, kept: set[nn.Module]) -> list[tuple[str, str]]:

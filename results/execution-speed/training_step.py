@@ -37,7 +37,12 @@ class Trained:
     def __init__(self, model: nn.Module, precision: Precision, runs: dict[str, Run], threads: int) -> None:
         self.model, self.settings = model.train(), TrainSettings(epochs=1)
         self.precision, self.runs = precision, runs
-        self.optimizer = FactorAdamW(model, weight_decay=self.settings.weight_decay, device=torch.device("cpu"))
+        self.optimizer = FactorAdamW(
+            model,
+            weight_decay=self.settings.weight_decay,
+            highest_rate=self.settings.lr,
+            device=torch.device("cpu"),
+        )
         self.now = time.process_time if threads == 1 else time.perf_counter
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 
 import kronsearch as ks
 from kronsearch.errors import CheckpointError, TrainingError
-from kronsearch.finetuning import loop
+from kronsearch.finetuning import course, loop
 from kronsearch.finetuning.course import long_settings
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
@@ -187,9 +187,20 @@ def test_without_a_compiler_nothing_is_begun(begin, tmp_path, monkeypatch):
         raise OSError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
-    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler\)"):
+    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(.*no compiler\)"):
         begin(tmp_path / "out", compiled=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_compiled_fine_tune_that_is_done_the_result_is_had_without_a_compiler(begin, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.out, tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint.safetensors"
+    metadata = read_metadata(path)
+    record = json.loads(metadata["record"])
+    record["identity"]["compiled"] = True
+    save_safetensors(load_state_dict(path), path, metadata | {"record": json.dumps(record)})
+    monkeypatch.setattr(course, "require_compiler", None)
+    assert begin(tmp_path / "out", compiled=True).was_done
 
 
 def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
@@ -203,7 +214,7 @@ def test_a_checkpoint_that_is_none_is_refused(begin, whole, tmp_path):
     metadata = read_metadata(whole.out / path.name)
     record = json.loads(metadata["record"])
     state = load_state_dict(whole.out / path.name)
-    for change, match in (({"version": 2}, "has version 2, this kronsearch reads 1"), ({"log": 3}, "is not a valid")):
+    for change, match in (({"version": 1}, "has version 1, this kronsearch reads 2"), ({"log": 3}, "is not a valid")):
         save_safetensors(state, path, metadata | {"record": json.dumps(record | change)})
         with pytest.raises(CheckpointError, match=match):
             begin(tmp_path)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronsearch.training.blocks import Recorder, block_names, feature_distance
+from kronsearch.training.blocks import Watched, block_names, feature_distance
 
 
 @pytest.mark.parametrize(
@@ -23,43 +23,57 @@ class Two(nn.Module):
         return x, x
 
 
-def test_outputs_are_recorded_until_they_are_taken():
+def test_outputs_of_modules_are_told_beside_those_of_the_network():
     network = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.ReLU()), Two(), nn.Linear(3, 2))
+    network[3].forward = lambda pair: pair[0]
     data = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    recorder = Recorder(network, ["0", "1", "2"])
-    hidden = network[0](data)
-    network[2](network[1](hidden))
-    seen = recorder.take()
-    assert seen.keys() == {"0", "1"}
-    assert seen["0"] is hidden
-    torch.testing.assert_close(seen["1"], hidden.relu())
-    assert not recorder.take()
-    network[0](data)
-    assert recorder.take().keys() == {"0"}
+    outputs, seen = Watched(network, ["1", "0", "2"])(data)
+    assert list(seen) == ["1", "0"]
+    torch.testing.assert_close(seen["0"], nn.functional.linear(data, network[0].weight, network[0].bias))
+    torch.testing.assert_close(seen["1"], seen["0"].relu())
+    assert outputs is seen["1"]
 
 
-def test_the_last_call_counts():
-    layer = nn.Identity()
-    recorder = Recorder(nn.Sequential(layer), ["0"])
-    layer(torch.zeros(1))
-    layer(torch.ones(1))
-    assert recorder.take()["0"] == 1
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Identity()
+        self.calls = 2
+
+    def forward(self, x):
+        for count in range(self.calls):
+            self.layer(x + count)
+        return x
 
 
-def test_closed_it_records_no_more():
+def test_the_last_call_counts_and_none_of_a_run_before():
+    network = Twice()
+    watched = Watched(network, ["layer"])
+    _, seen = watched(torch.zeros(()))
+    assert seen["layer"] == 1
+    network.calls = 0
+    _, seen = watched(torch.zeros(()))
+    assert not seen
+
+
+def test_modules_may_be_those_of_a_model_inside():
+    model = nn.Sequential(nn.Linear(2, 2))
+    _, seen = Watched(nn.Sequential(model, nn.ReLU()), ["0"], model)(torch.zeros(1, 2))
+    assert torch.equal(seen["0"], model(torch.zeros(1, 2)))
+
+
+def test_closed_it_watches_no_more():
     layer = nn.Linear(2, 2)
-    recorder = Recorder(nn.Sequential(layer), ["0"])
-    layer(torch.zeros(2))
-    recorder.close()
-    layer(torch.zeros(2))
-    assert not recorder.take()
+    watched = Watched(nn.Sequential(layer), ["0"])
+    assert layer._forward_hooks
+    watched.close()
     assert not layer._forward_hooks
 
 
 def test_a_module_that_is_not_there_is_an_error():
     layer = nn.Linear(2, 2)
     with pytest.raises(AttributeError, match="nowhere"):
-        Recorder(nn.Sequential(layer), ["0", "nowhere"])
+        Watched(nn.Sequential(layer), ["0", "nowhere"])
     assert not layer._forward_hooks
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.exc import CppCompileError
 
 from kronsearch.errors import TrainingError
 from kronsearch.sekron import SeKronConv2d, SeKronSpec
@@ -295,15 +296,65 @@ def test_compiled_networks_learn_the_same_and_go_on_to_the_same_weights(make_dat
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
-def test_without_a_compiler_compiling_is_refused(monkeypatch, make_data, make_network):
-    def fail(*_):
-        raise OSError("no compiler\nanywhere")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own look at kernels
+def test_compiled_networks_know_their_blocks_from_those_of_others(make_data):
+    """Compiled code is reused for other networks of a class, which may be watched in other places."""
+    data, teacher = make_data(), wide_network(noisy=False)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
 
-    monkeypatch.setattr(torch, "compile", lambda function: fail)
-    model, teacher, settings = make_network(), make_network(1), TrainSettings(epochs=1, compiled=True)
-    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(no compiler.*\): install what"):
-        Trainer(model, make_data(), settings, teacher=teacher, blocks=["conv"], generator=seeded())
-    assert not any(module._forward_hooks for network in (model, teacher) for module in network.modules())
+    def loss(blocks, *, compiled):
+        settings = TrainSettings(epochs=1, batch_size=10, lr=1e-4, compiled=compiled)
+        with Trainer(
+            copy.deepcopy(student), data, settings, teacher=teacher, blocks=blocks, generator=seeded()
+        ) as trainer:
+            return trainer.advance(1).loss
+
+    sets = (["0"], ["0", "3"], ["3"])
+    found = [loss(blocks, compiled=True) for blocks in sets]
+    assert found == pytest.approx([loss(blocks, compiled=False) for blocks in sets], rel=1e-3)
+    assert max(found) > 1.1 * min(found)
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_compiler_that_fails_is_one_line(monkeypatch, make_data, make_network, when):
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, data):
+            return data.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise CppCompileError(["g++"], "killed")
+
+    def fail(network):
+        def run(inputs):
+            if when == "forward":
+                raise CppCompileError(["g++"], "killed")
+            outputs, blocks = network(inputs)
+            return Failing.apply(outputs), blocks
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fail)
+    settings = TrainSettings(epochs=1, batch_size=10, compiled=True)
+    with (
+        Trainer(make_network(), make_data(), settings, generator=seeded()) as trainer,
+        pytest.raises(TrainingError, match=r"torch.compile does not work here \(.*\): install what it needs"),
+    ):
+        trainer.advance(1)
+
+
+def test_without_the_blocks_there_is_no_training_and_no_hook(make_data, make_network):
+    model, other = make_network(), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(60, 3))
+    settings = TrainSettings(epochs=1, batch_size=10)
+    for student, teacher in ((model, other), (other, model)):
+        with pytest.raises(AttributeError, match="conv"):
+            Trainer(student, make_data(), settings, teacher=teacher, blocks=["conv"], generator=seeded())
+    assert not any(module._forward_hooks for network in (model, other) for module in network.modules())
 
 
 def test_several_processes_can_not_train_compiled_networks(make_data, make_network):

@@ -8,6 +8,7 @@ from torch import nn
 from kronsearch.sekron import coordinates
 from kronsearch.sekron.convolution import SeKronConv2d
 from kronsearch.sekron.coordinates import row_coordinates
+from kronsearch.sekron.layers import SeKronLinear
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import as_matrices
 from kronsearch.training.optimizer import FactorAdamW
@@ -19,6 +20,7 @@ SPECS = {
     "tree": SeKronSpec(SHAPES, (3, 2)),
     "chain": SeKronSpec(SHAPES, (5, 3), "chain"),
     "two": SeKronSpec(((4, 2, 1, 1), (2, 2, 3, 3)), (4,)),
+    "one": SeKronSpec(((8, 4, 3, 3),)),
 }
 
 
@@ -26,11 +28,11 @@ SPECS = {
 def network(request):
     torch.default_generator.manual_seed(0)
     layer = SeKronConv2d.from_conv(nn.Conv2d(4, 8, 3), SPECS[request.param])
-    return nn.Sequential(nn.BatchNorm2d(4), layer, nn.Flatten(), nn.Linear(8 * 4 * 4, 3))
+    return nn.Sequential(nn.BatchNorm2d(4), layer, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 2 * 2, 3))
 
 
-def optimizer_of(network, weight_decay=0.3):
-    return FactorAdamW(network, weight_decay=weight_decay, device=CPU)
+def optimizer_of(network, weight_decay=0.3, highest_rate=0.0):
+    return FactorAdamW(network, weight_decay=weight_decay, highest_rate=highest_rate, device=CPU)
 
 
 def trained(network, optimizer, steps, seed=1, rate=0.01):
@@ -57,7 +59,7 @@ def test_a_kernel_of_factors_decays_as_a_dense_one(network):
     kept = (1 - 0.01 * 0.3 / count) ** count
     assert kept == pytest.approx(1 - 0.01 * 0.3, abs=5e-6)
     torch.testing.assert_close(network[1].kernel, before[1].kernel * kept)
-    torch.testing.assert_close(network[3].weight, before[3].weight * (1 - 0.01 * 0.3))
+    torch.testing.assert_close(network[4].weight, before[4].weight * (1 - 0.01 * 0.3))
     assert torch.equal(network[0].weight, before[0].weight)
     assert torch.equal(network[1].bias, before[1].bias)
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -70,9 +72,9 @@ def test_a_first_step_is_the_sign_of_the_gradient_in_the_coordinates(network):
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
     optimizer.step(0.01)
-    slope = gradients["3.weight"]
-    expected = before[3].weight - 0.01 * slope / (slope.abs() + 1e-8)
-    torch.testing.assert_close(network[3].weight, expected, atol=1e-5, rtol=0)
+    slope = gradients["4.weight"]
+    expected = before[4].weight - 0.01 * slope / (slope.abs() + 1e-8)
+    torch.testing.assert_close(network[4].weight, expected, atol=1e-5, rtol=0)
     layer = before[1]
     with torch.no_grad():
         coordinates = row_coordinates(as_matrices(list(layer.factors), layer.spec), layer.spec)
@@ -89,7 +91,7 @@ def test_how_factors_are_scaled_is_of_no_account(network):
     other = copy.deepcopy(network)
     with torch.no_grad():
         other[1].factors[0].mul_(8)
-        other[1].factors[1].div_(8)
+        other[1].factors[-1].div_(8)
     for one in (network, other):
         trained(one, optimizer_of(one, 0.0), 3)
     before = network[1].kernel.detach()
@@ -110,15 +112,15 @@ def test_what_is_frozen_is_left_out(network):
     optimizer = optimizer_of(network)
     trained(network, optimizer, 1)
     names = {name.split("/")[0] for name in optimizer.state()}
-    assert names == {"", "0.weight", "0.bias", "3.weight", "3.bias"}
+    assert names == {"", *(f"{k}.{kind}" for k in (0, 2, 4) for kind in ("weight", "bias"))}
 
 
 def test_a_factor_without_a_gradient_stays(network):
-    network[1].factors[1].requires_grad_(False)
+    network[1].factors[-1].requires_grad_(False)
     optimizer, before = optimizer_of(network), copy.deepcopy(network)
     trained(network, optimizer, 1)
-    assert torch.equal(network[1].factors[1], before[1].factors[1])
-    assert not torch.equal(network[1].factors[0], before[1].factors[0])
+    for factor, old in zip(network[1].factors, before[1].factors, strict=True):
+        assert torch.equal(factor, old) is not factor.requires_grad
     after = copy.deepcopy(network)
     optimizer.step(0.01)  # nothing has a gradient
     assert all(torch.equal(p, after.get_parameter(name)) for name, p in network.named_parameters())
@@ -129,9 +131,43 @@ def test_rows_in_blocks_go_on_as_well(monkeypatch, network):
     test_with_its_state_it_goes_on_as_it_would_have(network, torch.contiguous_format)
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-5])
+def test_a_kernel_that_is_small_beside_the_rate_goes_no_farther_than_a_dense_one(network, scale):
+    """A product of S factors that are all small would go by the S-th power of the rate over what is left of it."""
+    with torch.no_grad():
+        for factor in network[1].factors:
+            factor.mul_(scale ** (1 / len(network[1].factors)))
+    before = network[1].kernel.detach().clone()
+    trained(network, optimizer_of(network, 0.0, highest_rate=0.01), 50)
+    moved = (network[1].kernel.detach() - before).square().mean().sqrt()
+    assert 1e-3 * scale < moved < 50 * 0.01
+
+
+def test_steps_are_shortened_for_small_kernels_alone(network):
+    other = copy.deepcopy(network)
+    trained(network, optimizer_of(network), 3, rate=1e-3)
+    trained(other, optimizer_of(other, highest_rate=1e-3), 3, rate=1e-3)
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in network.named_parameters())
+
+
+def test_factors_of_any_precision_and_layout_take_the_same_steps(network):
+    """A linear layer's factors of four dimensions may lie in memory as images do; bf16 has 8 bits of mantissa."""
+    chain = SeKronLinear.from_linear(nn.Linear(12, 8), SeKronSpec(((2, 3), (2, 2), (2, 2)), (3, 2), "chain"))
+    last = copy.deepcopy(chain).to(memory_format=torch.channels_last)
+    assert not all(factor.is_contiguous() for factor in last.factors)
+    less = copy.deepcopy(chain).to(torch.bfloat16)
+    for layer in (chain, last, less):
+        optimizer = optimizer_of(layer, highest_rate=0.01)
+        layer(torch.eye(12).to(layer.factors[0].dtype)).square().sum().backward()
+        optimizer.step(0.01)
+    torch.testing.assert_close(last.kernel, chain.kernel)
+    torch.testing.assert_close(less.kernel.float(), chain.kernel, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_with_its_state_it_goes_on_as_it_would_have(network, layout):
     network = network.to(memory_format=layout)
+    assert network[2].weight.is_contiguous() is (layout == torch.contiguous_format)
     optimizer = optimizer_of(network)
     trained(network, optimizer, 2)
     twin = copy.deepcopy(network)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronsearch.errors import ModelError
-from kronsearch.training.precision import eval_mode, forward, precision_for
+from kronsearch.errors import ModelError, TrainingError
+from kronsearch.training.precision import eval_mode, forward, forward_watched, precision_for, require_compiler
 
 
 class Spy(nn.Module):
@@ -84,3 +84,26 @@ def test_a_network_of_another_precision_is_told_as_such():
     ) as refusal:
         forward(nn.Linear(2, 2, dtype=torch.float64), torch.zeros(1, 2), "float32")
     assert "made for" not in str(refusal.value)
+
+
+def test_of_a_watched_network_the_model_is_named():
+    model, watched = Spy(lambda x: (x, x)), Spy(lambda x: ((x, x), {}))
+    with pytest.raises(ModelError, match="Spy returned a tuple, one tensor is needed"):
+        forward_watched(watched, torch.zeros(1, 1), "float32", model)
+    linear = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="Linear can't run on inputs of shape"):
+        forward_watched(nn.Sequential(linear), torch.zeros(1, 3), "float32", linear)
+    outputs, blocks = forward_watched(Spy(lambda x: (x.bfloat16(), {"a": x})), torch.ones(1, 1), "float32", model)
+    assert outputs.dtype == torch.float32
+    assert blocks.keys() == {"a"}
+
+
+def test_without_a_compiler_it_is_told_what_is_missing(monkeypatch):
+    def fail(*_):
+        raise OSError("no compiler\nanywhere")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    with pytest.raises(TrainingError, match=r"torch.compile does not work here \(.*no compiler\): install what"):
+        require_compiler("cpu")
+    with pytest.raises(TrainingError, match=r"2 processes can't train compiled networks together: leave --compile out"):
+        require_compiler("cpu", 2)
