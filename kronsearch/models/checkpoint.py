@@ -19,6 +19,7 @@ from kronsearch.files import replacing
 __all__ = ["fingerprint_weights", "load_state_dict", "load_weights", "read_metadata", "save_safetensors"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_LAYERS = 4  # of such wrappers around one another
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -59,7 +60,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint into `model`; names and shapes must be the model's.
 
     Only batch norm's `num_batches_tracked`, which old checkpoints lack, may be missing. CheckpointError otherwise, with
-    the first few tensors that are missing, unexpected or of another shape; the model is then unchanged.
+    the first few tensors that are missing, unexpected, of another shape, or parameters that are not finite; the model
+    is then unchanged.
     """
     state = load_state_dict(path, wrapped=False)
     if not state.keys() <= model.state_dict().keys():  # the network may be a wrapper itself
@@ -71,6 +73,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         _list("missing", [name for name in own if name not in state]),
         _list("unexpected", [name for name in state if name not in own]),
         _list("of another shape or kind", [_difference(n, state[n], own[n]) for n in own if n in state]),
+        _list("not finite", [n for n, _ in model.named_parameters() if n in state and not state[n].isfinite().all()]),
     ]
     if any(problems):
         told = "; ".join(filter(None, problems))
@@ -129,7 +132,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _check_storable(name: str, value: object, path: Path) -> None:
-    if not _is_plain(value) or value.dtype not in _TYPE_NAMES or value.is_meta:
+    if not _is_plain(value) or value.dtype not in _TYPE_NAMES:
         kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
         raise CheckpointError(
             f"can't write {name} ({kind}) to {path}: a safetensors file holds dense tensors of real numbers"
@@ -154,11 +157,9 @@ def _unreadable(path: Path, expected: str) -> Iterator[None]:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+    for _ in range(_LAYERS):  # a dict may hold itself
+        inner = [content[key] for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+        content = inner[0] if inner else content
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds {type(content).__name__} in place of tensors by name")
     strange = [str(k) for k, v in content.items() if not (isinstance(k, str) and _is_plain(v))]
@@ -171,13 +172,12 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while state and (shared := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), "")):
+        state = {name.removeprefix(shared): value for name, value in state.items()}
     return state
 
 

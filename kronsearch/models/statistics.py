@@ -140,27 +140,28 @@ def gather_moments(
     }
     produced: dict[int, tuple[Tensor, int, _Layer]] = {}
 
-    def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.see_inputs(inputs[0])
+    def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            seen.see_inputs(inputs[0] if inputs else named["input"])
             produced[id(output)] = (output, output._version, seen)
             if output.requires_grad:
                 output.register_hook(seen.see_gradients)  # type: ignore[no-untyped-call]
 
         return hook
 
-    def on_norm(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        output, version, seen = produced.get(id(inputs[0]), (None, 0, None))
+    def on_norm(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        handed = inputs[0] if inputs else named["input"]
+        output, version, seen = produced.get(id(handed), (None, 0, None))
         if output is not None and seen is not None and output._version == version:  # no activation in place between
             seen.before_norm = True
 
     done = 0
     with ExitStack() as stack:
         for name, seen in sums.items():
-            stack.callback(layers[name].register_forward_hook(on_forward(seen)).remove)
+            stack.callback(layers[name].register_forward_hook(on_forward(seen), with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                stack.callback(module.register_forward_pre_hook(on_norm).remove)
+                stack.callback(module.register_forward_pre_hook(on_norm, with_kwargs=True).remove)
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         for batch in train_inputs(data, min(_BATCH, images), images, generator=generator, device=device):

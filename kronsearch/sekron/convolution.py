@@ -152,8 +152,9 @@ class SeKronConv(SeKronLayer):
         )
         return to_dense(self, conv)
 
-    def forward(self, data: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- as torch's layers name it
         """Convolve (examples, in channels, *positions); an input without examples is taken as one."""
+        data = input
         if data.ndim == self.axes + 1:
             return self.forward(data[None])[0]
         if self.geometry.padded_first:

@@ -78,7 +78,7 @@ class Kept:
 
     def fit(self, tensors: Sequence[Tensor], way: object) -> bool:
         """Tell whether it was formed of these tensors, as they are now, for this way."""
-        if way != self.way:
+        if way != self.way or len(tensors) != len(self.tensors):
             return False
         for tensor, known, seen, version in zip(tensors, self.tensors, self.seen, self.versions, strict=True):
             if tensor is not known or tensor._version != version or not tensor.is_set_to(seen):

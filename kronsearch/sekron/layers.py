@@ -220,10 +220,10 @@ class SeKronLinear(SeKronLayer):
         linear = nn.Linear(in_features, out_features, bias=self.bias is not None, dtype=dtype, device="meta")
         return to_dense(self, linear)
 
-    def forward(self, data: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- as torch's layers name it
         """Map (..., in features) to (..., out features)."""
-        rows = self.run(data.reshape(-1, data.shape[-1]))
-        return rows.reshape(*data.shape[:-1], rows.shape[-1])
+        rows = self.run(input.reshape(-1, input.shape[-1]))
+        return rows.reshape(*input.shape[:-1], rows.shape[-1])
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if stage.groups == 1:

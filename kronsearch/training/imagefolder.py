@@ -27,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SIDE = 224
 _SHORT_SIDE = 256
+_LONGEST = 16  # times the short side of an image that is resized as a whole
 _FINGERPRINT_FILES = 64
 
 _TRIES = 10
@@ -99,7 +100,10 @@ class ImageFolderData(Data):
             for path, label in samples:
                 digest.update(f"{label}/{Path(path).relative_to(self._folder).as_posix()}\n".encode())
             for path, _ in samples[:: max(1, math.ceil(len(samples) / _FINGERPRINT_FILES))]:
-                digest.update(Path(path).read_bytes())
+                try:
+                    digest.update(Path(path).read_bytes())
+                except OSError as error:
+                    raise DataError(f"{path} can't be read ({error.strerror}): mend or remove it") from error
         return digest.hexdigest()
 
     def train_batches(
@@ -177,6 +181,10 @@ def _read(path: str, draw: list[list[float]] | None) -> Tensor:
 def _middle(image: "Image") -> "Image":
     from PIL import Image
 
+    length = _LONGEST * min(image.size)
+    if max(image.size) > length:  # of which torchvision's transforms would make gigabytes to cut the middle out of
+        left, top = (max(0, (side - length) // 2) for side in image.size)
+        image = image.crop((left, top, min(left + length, image.width), min(top + length, image.height)))
     scale = _SHORT_SIDE / min(image.size)
     width, height = (max(_SHORT_SIDE, int(side * scale)) for side in image.size)
     left, top = round((width - _SIDE) / 2), round((height - _SIDE) / 2)

@@ -38,6 +38,7 @@ def same(a, b):
         lambda state: {"model": state, "optimizer": {"lr": 0.1}},
         lambda state: {"model_state_dict": {f"module.{name}": value for name, value in state.items()}},
         lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".bin"])
@@ -51,6 +52,31 @@ def test_the_old_format_of_torch_is_read(tmp_path):
     state = dict(network().state_dict())
     torch.save(state, tmp_path / "w.th", _use_new_zipfile_serialization=False)
     assert same(load_state_dict(tmp_path / "w.th"), state)
+
+
+def test_a_dict_that_holds_itself_is_refused(tmp_path):
+    content = {"a": torch.zeros(1)}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"holds more than tensors by name \(state_dict\)"):
+        load_state_dict(tmp_path / "w.pt")
+
+
+def test_a_network_that_is_a_wrapper_itself_has_its_prefix(tmp_path):
+    model, other = nn.DataParallel(network(1)), network(2)
+    torch.save(nn.DataParallel(other).state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.module.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_parameters_that_are_not_finite_are_refused(tmp_path, value):
+    model, state = network(1), network(2).state_dict()
+    state["2.weight"][0, 1] = value
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"does not fit Sequential: 1 not finite \(2.weight\)"):
+        load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), network(1).state_dict())
 
 
 def test_a_prefix_of_some_names_only_stays(tmp_path):
@@ -117,6 +143,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
         ({}, "holds dict in place of tensors by name"),
         (torch.zeros(3), "holds Tensor in place of tensors by name"),
         ({"a": torch.zeros(1), "epoch": 3, 5: torch.zeros(1)}, r"holds more than tensors by name \(epoch, 5\)"),
+        ({"a": torch.zeros(1, device="meta")}, r"holds more than tensors by name \(a\)"),
         ({"teacher": {"a": torch.zeros(1)}}, r"holds more than tensors by name \(teacher\)"),
     ],
 )

@@ -126,6 +126,25 @@ def test_an_activation_in_place_between_layer_and_norm_is_no_norm_behind():
     assert torch.allclose(moments.inputs, rows.T @ rows / len(rows), atol=1e-5)
 
 
+class Named(nn.Module):
+    """Calls its layers with their argument by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(input=self.conv(input=x)).flatten(1)
+
+
+def test_layers_may_be_called_by_the_name_of_their_argument():
+    net = Named().eval()
+    twin = nn.Sequential(net.conv, net.norm, nn.Flatten())
+    named = gather_moments(net, make_data(), ["conv"], images=IMAGES, generator=generator())["conv"]
+    usual = gather_moments(twin, make_data(), ["0"], images=IMAGES, generator=generator())["0"]
+    assert torch.equal(named.inputs, usual.inputs)
+
+
 def test_modes_hooks_and_gradients_are_left_as_they_were(net):
     net.norm.train()
     gather_moments(net, make_data(), ["first"], images=IMAGES, generator=generator())

@@ -217,6 +217,20 @@ def test_which_layers_cross_to_channels_last_and_back():
     assert not crossing(SeKronSpec(((3, 1, 1, 1), (2, 1, 3, 3), (1, 4, 1, 1)), (3, 2)))
 
 
+def test_a_bias_that_comes_or_goes_is_not_missed(layer, images):
+    bias = layer.bias
+    for own in (bias, None, bias):
+        layer.bias = own
+        with torch.no_grad():
+            found = layer(images)
+        torch.testing.assert_close(found, layer.train()(images).detach(), rtol=1e-4, atol=1e-4)
+        layer.eval()
+
+
+def test_a_layer_may_be_called_by_the_name_of_its_argument(layer, images):
+    assert torch.equal(layer(input=images), layer(images))
+
+
 def test_a_linear_layer_keeps_its_weights_too():
     layer = SeKronLinear(SeKronSpec(((2, 4), (3, 2)), (4,), run=((0, 1),)), dtype=torch.float64).eval()
     fill(layer, 0)

@@ -152,7 +152,26 @@ def test_folders_that_do_not_fit(tmp_path):
         load_data(f"imagefolder:{tmp_path}")
 
 
+@pytest.mark.parametrize("size", [(60_000, 1), (3, 3000)])
+def test_of_a_long_image_the_middle_alone_is_resized(folder, size):
+    image = Image.new("L", size, 70)
+    middle = tuple(side // 2 - min(size) for side in size)
+    image.paste(140, (*(max(0, start) for start in middle), *(start + 2 * min(size) + 1 for start in middle)))
+    image.save(folder / "test" / "cat" / "1.png")
+    seen, resize = [], Image.Image.resize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", lambda self, to, *told: seen.append(to) or resize(self, to, *told))
+        images, _ = next(load_data(f"imagefolder:{folder}").batches("test", 2))
+    assert sorted(seen[1]) == [256, 4096]
+    grey = Normalisation(IMAGENET_MEAN, IMAGENET_STD)(torch.full((1, 3, 1, 1), 140, dtype=torch.uint8))
+    torch.testing.assert_close(images[1], grey.expand_as(images[1:2])[0], atol=0.05, rtol=0)
+
+
 def test_an_unreadable_image_is_named(folder):
+    (folder / "test" / "dog" / "0.png").unlink()
+    (folder / "test" / "dog" / "0.png").symlink_to(folder / "nowhere")
+    with pytest.raises(DataError, match=r"0\.png can't be read \(No such file"):
+        load_data(f"imagefolder:{folder}").fingerprint  # noqa: B018
     (folder / "test" / "cat" / "1.png").write_bytes(b"not an image")
     data = load_data(f"imagefolder:{folder}")
     with pytest.raises(DataError, match=r"1\.png can't be read as an image"):

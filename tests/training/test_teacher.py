@@ -39,6 +39,17 @@ def images(*extents, count=3):
     return torch.randn(count, 2, *extents, generator=torch.Generator().manual_seed(1))
 
 
+class Named(nn.Module):
+    """Layers called by the name of their argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(input=self.conv(input=x))
+
+
 class Changed(nn.Module):
     """A convolution and its norm, with something between, beside or around them."""
 
@@ -51,6 +62,8 @@ class Changed(nn.Module):
         y = self.conv(x)
         if self.how == "in place":
             y.relu_()
+        if self.how == "in place for others":
+            y.clamp_(-100, 100)
         if self.how == "between":
             y = y.relu()
         z = self.norm(y)
@@ -65,6 +78,7 @@ KINDS = [
     (nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU()), (9,)),
     (nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), (6, 5)),
     (nn.Sequential(nn.Conv2d(2, 4, 3, groups=2, padding="same"), nn.BatchNorm2d(4, affine=False)), (6, 5)),
+    (Named(), (6, 5)),
     (nn.Sequential(nn.Conv3d(2, 4, 2, padding_mode="circular", padding=1), nn.BatchNorm3d(4, eps=0.1)), (3, 4, 5)),
 ]
 
@@ -79,7 +93,7 @@ def test_norms_that_follow_convolutions_are_taken_into_them(network, extents):
     torch.testing.assert_close(found, network(data), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["in place", "between", "beside", "again"])
+@pytest.mark.parametrize("how", ["in place", "in place for others", "between", "beside", "again"])
 def test_norms_of_anything_else_are_left(how):
     network, data = settled(Changed(how)), images(6, 5)
     left = without_norms(network, data[:1])
@@ -100,6 +114,40 @@ def test_modules_that_are_not_as_usual_are_left(what):
         network.norm = nn.BatchNorm2d(2, track_running_stats=False).eval()
     blocks = ["conv"] if what == "block" else []
     assert torch.equal(without_norms(network, data, blocks)(data), network(data))
+
+
+def test_a_block_that_ends_before_the_norm_tells_what_it_told():
+    network, data = settled(nn.Sequential(nn.Sequential(nn.Conv2d(2, 4, 3)), nn.BatchNorm2d(4))), images(6, 5)
+    assert torch.equal(without_norms(network, data, ["0"])(data), network(data))
+    assert not torch.equal(without_norms(network, data)(data), network(data))
+
+
+def test_one_layer_that_can_not_lose_its_norm_keeps_no_other_from_it():
+    called_twice = nn.Conv2d(2, 2, 3, padding=1)
+    usual = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    network = settled(nn.Sequential(called_twice, nn.BatchNorm2d(2), nn.ReLU(), called_twice, nn.BatchNorm2d(2), usual))
+    with norms_run() as ran:
+        without_norms(network, images(6, 5), ["5.0"])
+        assert len(ran) == 3  # of the network as it is; nothing can be left out
+        ran.clear()
+        folded = without_norms(network, images(6, 5))
+        ran.clear()
+        folded(images(6, 5))
+    assert len(ran) == 2
+
+
+def test_channels_that_are_none_of_the_convolution_are_left():
+    network, data = settled(nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(6))), torch.randn(2, 6)
+    assert torch.equal(without_norms(network, data)(data), network(data))
+
+
+def test_of_outputs_that_are_zero_nothing_is_concluded():
+    network = settled(Changed("beside"))
+    with torch.no_grad():
+        for tensor in (network.conv.bias, network.norm.bias, network.norm.running_mean):
+            tensor.zero_()
+    data = images(6, 5)
+    assert torch.equal(without_norms(network, torch.zeros_like(data))(data), network(data))
 
 
 def test_the_network_is_left_alone_and_no_random_number_is_drawn():
