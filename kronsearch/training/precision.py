@@ -90,9 +90,10 @@ def is_of_compiler(error: BaseException) -> bool:
 
 def no_compiling(error: BaseException) -> TrainingError:
     """Return what is told where `torch.compile` has raised an error."""
-    return TrainingError(
-        f"torch.compile does not work here ({first_line(error)}): install what it needs, or train without it"
-    )
+    reason = first_line(error)
+    if reason.endswith("raised:"):  # by a backend, and what that was stands below
+        reason = f"{reason} {first_line(RuntimeError(str(error).partition(reason)[2]))}"
+    return TrainingError(f"torch.compile does not work here ({reason}): install what it needs, or train without it")
 
 
 def require_compiler(device: str | torch.device, processes: int = 1) -> None:

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from kronsearch.errors import ModelError, TrainingError
-from kronsearch.training.precision import eval_mode, forward, forward_watched, precision_for, require_compiler
+from kronsearch.training.precision import (
+    eval_mode,
+    forward,
+    forward_watched,
+    no_compiling,
+    precision_for,
+    require_compiler,
+)
 
 
 class Spy(nn.Module):
@@ -107,3 +114,8 @@ def test_without_a_compiler_it_is_told_what_is_missing(monkeypatch):
         require_compiler("cpu")
     with pytest.raises(TrainingError, match=r"2 processes can't train compiled networks together: leave --compile out"):
         require_compiler("cpu", 2)
+
+
+def test_what_a_backend_of_the_compiler_raised_is_told():
+    error = no_compiling(RuntimeError("backend='inductor' raised:\nCppCompileError: killed\n\nmore"))
+    assert "(backend='inductor' raised: CppCompileError: killed): install" in str(error)
