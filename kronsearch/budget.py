@@ -122,7 +122,10 @@ def parse_amount(amount: str | int, *, name: str) -> Amount:
     """
     timed = name == "latency"
     units, examples = (_TIMES, "5ms, 800us or 50%") if timed else (_COUNTS, "1G, 90k or 50%")
-    found = _AMOUNT.fullmatch(str(amount).strip())
+    try:
+        found = _AMOUNT.fullmatch(str(amount).strip())
+    except ValueError:  # a number of thousands of digits
+        found, amount = None, "of thousands of digits"
     if found is None or found[2] not in (*units, "%"):
         raise BudgetError(
             f"a budget of {name} {amount!r} can't be read: write a {'time' if timed else 'number'} such as {examples}"

@@ -169,7 +169,8 @@ def profile(settings: Settings) -> None:
     space = load_space(settings.space)
     model = _load_model(settings, spec, warn=False)
     cost = profile_model(model, input_shape=_input_shape(settings, spec, model, _load_data(settings, None)))
-    console_for().print(profile_report(cost, smallest=smallest_cost(cost, space)))
+    space.check_names(layer.name for layer in cost.layers)
+    console_for().print(profile_report(cost, smallest=smallest_cost(cost, space), kept=space.reason_to_keep))
 
 
 def show(path: Path) -> None:
@@ -260,7 +261,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     compressed = weights is not None and is_compressed(weights)
     if weights is not None and compressed and plan is None:
         plan = stored_plan(weights)
-    data = _load_data(settings, plan)
+    data = _load_data(settings, plan, reseeded=False)
     if data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
     if weights is not None and compressed:
@@ -334,13 +335,16 @@ def _load_model(settings: Settings, spec: str, *, warn: bool = True) -> "nn.Modu
     return model
 
 
-def _load_data(settings: Settings, plan: Plan | None) -> "Data | None":
-    """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on."""
+def _load_data(settings: Settings, plan: Plan | None, *, reseeded: bool = True) -> "Data | None":
+    """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on.
+
+    Of a command that has no option for a seed, what a settings file tells is for others: not `reseeded`.
+    """
     if settings.data is None:
         return None
     from kronsearch.training.sources import load_data
 
-    given = plan is None or "seed" in settings.model_fields_set
+    given = plan is None or (reseeded and "seed" in settings.model_fields_set)
     return load_data(settings.data, seed=settings.seed if given or plan is None else plan.decomposition.seed)
 
 

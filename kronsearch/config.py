@@ -101,7 +101,7 @@ class Settings(BaseModel):
     sampler: SamplerName = "gp"
     objective: ObjectiveName = "score"
     sensitivity: SensitivityName = "measured"
-    trials: Annotated[int, Field(ge=1)] = 20
+    trials: Annotated[int, Field(ge=1, le=10**6)] = 20
     timeout: Annotated[float, BeforeValidator(_seconds)] | None = None
     storage: str | None = None
     study: str | None = None
@@ -159,7 +159,7 @@ def read_settings(path: Path) -> Settings:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name in options:
-            raise OptionError(f"{path}, line {lines[str(key)]}: {_dashed(name)} stands there twice: keep one")
+            raise OptionError(f"{path}, line {lines.get(str(key), 1)}: {_dashed(name)} stands there twice: keep one")
         options[name] = value
     if len(content) < len(node.value):
         raise OptionError(f"{path} holds an option twice: keep one")

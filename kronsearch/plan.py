@@ -39,6 +39,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 _LARGEST_INPUT = 2**28  # entries
+_MOST_IMAGES = 10**7  # that a plan may ask to be calibrated on
 _LARGEST_FILE = 64 * 2**20
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -134,9 +135,9 @@ class Decomposition(_Part):
     norms are re-estimated on; `seed` chooses both.
     """
 
-    calibration_images: Count = 0
-    batchnorm_images: Count = 0
-    seed: int = 0
+    calibration_images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)] = 0
+    batchnorm_images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
 
 class Score(_Part):

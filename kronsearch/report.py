@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import StringIO
 from typing import IO, TYPE_CHECKING
 
@@ -226,8 +226,16 @@ def _took(plan: Plan) -> str:
     return "" if plan.latency is None else f"{plan.latency.compressed_ms:.4g} ms, {plan.latency.ratio:.1%}"
 
 
-def profile_report(cost: "ModelCost", *, smallest: tuple[int, int]) -> RenderableType:
-    """Return what a network costs by layer, which layers can be replaced, and the smallest reachable cost."""
+def profile_report(
+    cost: "ModelCost", *, smallest: tuple[int, int], kept: Callable[[str], str | None]
+) -> RenderableType:
+    """Return what a network costs by layer, which layers can be replaced, and the smallest reachable cost.
+
+    Args:
+        cost: of the network.
+        smallest: reachable MACs and parameters.
+        kept: tells why the search space keeps a layer of this name dense.
+    """
     layers = _table("layer", "kind", "kernel", numbers=("MACs", "params"), last="can be replaced")
     for layer in cost.layers:
         layers.add_row(
@@ -236,7 +244,7 @@ def profile_report(cost: "ModelCost", *, smallest: tuple[int, int]) -> Renderabl
             _sizes(layer.kernel_shape or ()),
             format_count(layer.macs),
             format_count(layer.params),
-            "yes" if layer.keeps_dense is None else one_line(f"no: {layer.keeps_dense}"),
+            "yes" if (reason := layer.keeps_dense or kept(layer.name)) is None else one_line(f"no: {reason}"),
         )
     totals = _table("", numbers=("dense", "smallest reachable", "change"))
     _add_costs(totals, (cost.macs, cost.params), smallest)

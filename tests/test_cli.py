@@ -523,6 +523,16 @@ def test_apply_splits_the_data_by_the_plans_seed_unless_another_is_given(calls, 
     assert "written to small.safetensors" in result.stdout
 
 
+def test_evaluate_has_no_seed_and_takes_none_from_the_file(calls, plan, monkeypatch):
+    save_plan(plan, "plan.json")
+    Path("kronsearch.yaml").write_text(f"seed: {plan.decomposition.seed + 1}\n")
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda model, *args, **options: nn.Identity())
+    scores = Evaluation(0.5, 1.0, None, 10)
+    monkeypatch.setattr("kronsearch.training.evaluate.evaluate", lambda *args, **options: scores)
+    invoke("evaluate", "plan.json", "--model", "zoo:digits", "--data", "digits")
+    assert calls.load_data == ("digits", plan.decomposition.seed)
+
+
 def test_the_arguments_of_a_plan_are_not_obeyed(calls, plan, monkeypatch):
     """A plan may come from anyone; a model's arguments can name files and addresses."""
     save_plan(plan, "plan.json")

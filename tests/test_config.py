@@ -111,6 +111,7 @@ def test_model_arguments_that_are_no_object(config, written):
     ("option", "value", "reason"),
     [
         ("trials", 0, "greater than or equal to 1"),
+        ("trials", 10**9, "less than or equal to 1000000"),
         ("seed", -1, "greater than or equal to 0"),
         ("seed", 2**63, "less than 9223372036854775808"),
         ("final_epochs", float("nan"), "finite number"),
@@ -151,6 +152,7 @@ def test_values_out_of_bounds(config, option, value, reason):
         ("a: &a [x]\nb: *a\n", r"uses aliases"),
         ("[" * 60_000, r"nested deeper than 20 levels"),
         ("1: 2\n", r"line 1: 1: there is no such option"),
+        ("_1: a\n-0x1: b\n", r"line 1: -1 stands there twice"),
     ],
 )
 def test_a_file_that_is_wrong_is_told_in_one_line(config, text, message):

@@ -149,11 +149,13 @@ def test_a_profile_tells_what_can_be_replaced_and_what_can_be_reached():
         LayerCost("conv", "Conv2d", (8, 4, 3, 3), 8 * 4 * 3 * 3 * 64, 8 * 4 * 3 * 3, ((8, 8),), None),
     )
     cost = ModelCost(sum(layer.macs for layer in layers), sum(layer.params for layer in layers), layers, (4, 8, 8))
-    text = printed(profile_report(cost, smallest=(1_152, 100)))
+    text = printed(profile_report(cost, smallest=(1_152, 100), kept=lambda name: None))
     assert row(text, "conv") == ["conv", "Conv2d", "8×4×3×3", "18.43 k", str(8 * 4 * 3 * 3), "yes"]
     assert row(text, "(the model itself)")[-1] == "no: not a convolution or linear layer"
     assert row(text, FLOPS) == [FLOPS, "18.43 k", "1.152 k", f"{8 * 4 * 9 * 64 / 1152:.2f}× fewer"]
     assert "input 4×8×8." in text
+    text = printed(profile_report(cost, smallest=(1_152, 100), kept=lambda name: f"the space keeps {name}"))
+    assert row(text, "conv")[-1] == "no: the space keeps conv"
 
 
 def test_a_front_is_told(plan):

@@ -117,6 +117,8 @@ def dense_reasons(model: nn.Module, watched: Watched) -> dict[str, str | None]:
         if reason is None:
             sharers = [user for user in users[_place(module.get_parameter("weight"))] if user != name]
             reason = _use_reason(name, watched, aliases=aliases, sharers=sharers)
+            if name == "":
+                reason = "the model itself: nothing holds it that a factorised layer could be put into"
         reasons[name] = reason
     return reasons
 

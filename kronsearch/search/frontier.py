@@ -212,7 +212,7 @@ def search_front(
     check_choices(sampler=sampler)
     if sampler == "cmaes":
         raise StudyError("the sampler cmaes knows one objective only: choose gp, tpe or random for a front")
-    new_sampler(sampler, seed)  # if it can't be had, nothing is begun
+    new_sampler(sampler, 0)  # if it can't be had, nothing is begun
     started, phases = time.monotonic(), PhaseClock(watch)
     folder = None if out is None else Path(out)
     subject = Subject(

@@ -144,7 +144,7 @@ def search(
     if not 0 <= final_epochs < math.inf:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     check_choices(decoder=decoder, sampler=sampler)  # the sensitivity is the subject's
-    new_sampler(sampler, seed)  # if it can't be had, nothing is begun
+    new_sampler(sampler, 0)  # if it can't be had, nothing is begun
     started = time.monotonic()
     folder = None if out is None else Path(out)
     phases = PhaseClock(watch)

@@ -1,10 +1,11 @@
 """Search spaces: which structures may replace a kernel, read from YAML."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kronsearch.errors import SpaceError
 from kronsearch.sekron.shapes import Structure
@@ -31,6 +32,23 @@ class SearchSpace(BaseModel):
     deep_fits: Annotated[int, Field(ge=2, le=64)] = 8
     keep_dense: tuple[str, ...] = ()
 
+    @field_validator("structures")
+    @classmethod
+    def _of_factors(cls, structures: tuple[Structure, ...]) -> tuple[Structure, ...]:
+        if Structure.DENSE in structures:
+            raise ValueError("layers may always stay dense: leave it out")
+        return structures
+
+    def check_names(self, layers: Iterable[str]) -> None:
+        """Raise SpaceError if a layer that shall stay dense is none of these."""
+        names = list(layers)
+        for pattern in self.keep_dense:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SpaceError(
+                    f"the search space keeps {pattern!r} dense, which no layer of the model is called: the names are "
+                    "those that `kronsearch profile` shows"
+                )
+
     def reason_to_keep(self, name: str) -> str | None:
         """Return why the space leaves a layer dense, or None."""
         for pattern in self.keep_dense:
@@ -48,7 +66,7 @@ def load_space(name: str | Path) -> SearchSpace:
     path = _find(name)
     content, _ = read_yaml(path, largest=_LARGEST_FILE, error=SpaceError)
     try:
-        return SearchSpace.model_validate(content or {})
+        return SearchSpace.model_validate({} if content is None else content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -78,7 +78,7 @@ def _written(trial: Trial, measured: Evaluation) -> float | None:
     A study minimises the divergence, or the loss where the dense network's outputs fill the memory.
     """
     objective = measured.loss if measured.divergence is None else measured.divergence
-    if not math.isfinite(objective):
+    if not (math.isfinite(objective) and math.isfinite(measured.metric)):
         return None
     values = (measured.metric, measured.error, measured.divergence, measured.n)
     for key, value in zip(_MEASURED, values, strict=True):

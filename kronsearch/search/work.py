@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from kronsearch.budget import Limits
 from kronsearch.choices import SamplerName
+from kronsearch.errors import StudyError
 from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Start
 from kronsearch.finetuning.validation import tested
@@ -117,6 +118,10 @@ class Work:
             choices: what else must be the same when the study is resumed.
         """
         if storage is None and folder is not None:
+            if set("?%") & set(str(folder)):  # which mean something in a URL
+                raise StudyError(
+                    f"a study can't be kept in {folder} for its ? or %: pass another --out, or a --storage"
+                )
             make_folder(folder)
             storage = f"sqlite:///{folder / 'study.db'}"
         ledger = Study(
@@ -132,12 +137,17 @@ class Work:
         return ledger
 
     def set_problem(self, trials: int) -> None:
-        """Measure, decompose, and set what so many trials are about; a single one is plain and needs no context."""
+        """Measure, decompose, and set what so many trials are about.
+
+        A single one is plain: context is not measured for it, but its parameter is there, for more trials to come.
+        """
         prepared = self.set_tables()
         self.problem = self.pace.problem(self.plain)
-        if self._scorer is not None and trials > 1:
-            context = self.subject.context(prepared, self._scorer)
-            self.problem = self.problem if context is None else context.known(self.problem)
+        context = None if self._scorer is None else self.subject.context(prepared, self._scorer)
+        if context is not None and trials > 1:
+            self.problem = context.known(self.problem)
+        elif context is not None:
+            self.problem = replace(self.problem, context={layer.name: 0.0 for layer in self.problem.candidates})
 
     def set_tables(self) -> Prepared:
         """Measure, decompose, and set what the trials would be about if latency and context were of no account."""

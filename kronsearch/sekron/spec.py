@@ -11,6 +11,8 @@ from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
 __all__ = ["Coupling", "Run", "SeKronSpec", "all_merged"]
 
+_MOST_FACTORS = 16
+
 Coupling = Literal["tree", "chain"]
 Run = tuple[tuple[int, ...], ...]
 
@@ -51,6 +53,8 @@ class SeKronSpec:
             raise SpecError(
                 f"factor shapes {shapes} need one entry per mode of the kernel (two at least), the same number in each"
             )
+        if len(shapes) > _MOST_FACTORS:
+            raise SpecError(f"{len(shapes)} factors are more than the {_MOST_FACTORS} that a sequence may have")
         for value in (*(n for shape in shapes for n in shape), *ranks):
             if type(value) is not int or value < 1:
                 raise SpecError(f"factor shapes {shapes} and ranks {ranks} must be positive whole numbers")

@@ -55,6 +55,10 @@ def pruned():
     return prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", amount=0.5)
 
 
+def test_a_model_that_is_a_layer_itself_can_not_be_replaced():
+    assert reason(nn.Linear(8, 4), "", input_shape=(8,)).startswith("the model itself")
+
+
 def test_plain_layers_can_be_replaced():
     assert reason(Wrapped(nn.Conv2d(4, 4, 3, stride=2, padding="valid", dilation=2, bias=False))) is None
     assert reason(Wrapped(nn.Linear(8, 4))) is None

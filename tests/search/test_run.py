@@ -6,10 +6,11 @@ import optuna
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kronsearch as ks
-from kronsearch.errors import BudgetError, DataError, ModelError, StudyError
+from kronsearch.errors import BudgetError, DataError, ModelError, SpaceError, StudyError
 from kronsearch.files import alone
 from kronsearch.models.apply import load_compressed
 from kronsearch.search import score
@@ -276,7 +277,7 @@ def test_a_frozen_network_is_fine_tuned_all_the_same(digits_data):
 
 
 def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_data, digits_cost, tmp_path):
-    out = tmp_path / "out"
+    out, half = tmp_path / "out", ks.Budget(flops="50%")
     small = ks.load_model("zoo:digits")
     small.get_parameter("conv1.weight").data[0, 0, 0, 0] = float("nan")
     wrong = ks.load_data("digits", seed=0)
@@ -291,6 +292,16 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         ({"model": small, "budget": ks.Budget(flops="50%"), "data": digits_data}, ModelError, "not finite"),
         ({"model": digits_model, "budget": ks.Budget(flops="50%"), "data": wrong}, DataError, "classes"),
         ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, "pass --input-shape"),
+        (
+            {"model": digits_model, "budget": half, "data": digits_data, "space": SearchSpace(keep_dense=("nowhere",))},
+            SpaceError,
+            "which no layer of the model is called",
+        ),
+        (
+            {"model": nn.Linear(64, 64), "budget": half, "input_shape": (64,)},
+            BudgetError,
+            "can't be reached",
+        ),
     ):
         with pytest.raises(error, match=message):
             ks.search(**arguments, out=out)
@@ -414,8 +425,26 @@ def test_a_name_that_there_is_not_is_refused_before_anything_is_done(digits_mode
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["a?b", "50%"])
+def test_a_folder_that_means_something_else_in_a_url_is_refused(digits_model, tmp_path, name):
+    with pytest.raises(StudyError, match=r"can't be kept in .* for its \? or %: pass another --out"):
+        ks.search(digits_model, budget=ks.Budget(flops="50%"), space=SPACE, input_shape=(1, 8, 8), out=tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_single_trial_has_the_parameters_of_those_to_come(digits_model, digits_data):
+    result = ks.search(digits_model, digits_data, **SETTINGS | {"trials": 1}, final_epochs=0)
+    assert list(result.trials["context"]) == [0.0]
+
+
 def test_without_data_a_direct_search_hands_back_the_plain_plan(digits_model):
-    settings = {"budget": ks.Budget(flops="50%"), "space": SPACE, "input_shape": (1, 8, 8), "allow_slower": True}
+    settings = {
+        "budget": ks.Budget(flops="50%"),
+        "space": SPACE,
+        "input_shape": (1, 8, 8),
+        "allow_slower": True,
+        "seed": 2**40,
+    }
     plain, direct = (ks.search(digits_model, **settings, decoder=name) for name in ("allocate", "direct"))
     assert len(direct.trials) == 1
     assert direct.plan.replaced == plain.plan.replaced

@@ -34,6 +34,9 @@ def test_a_file_of_the_users_own(tmp_path):
         ("!!python/object/apply:os.system [true]", "line 1: not YAML that can be read"),
         ("[" * 5000, "nested deeper than 20 levels"),
         ("- 1", "is not valid: the file"),
+        ("[]", "is not valid: the file"),
+        ("false", "is not valid: the file"),
+        ("structures: [dense, deep]", "is not valid: structures: .*layers may always stay dense"),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(tmp_path, text, message):
@@ -47,3 +50,16 @@ def test_malformed_files_are_refused_in_one_line(tmp_path, text, message):
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(SpaceError, match="no search space 'defualt': pass a YAML file or one of cp, default, gkpd"):
         load_space("defualt")
+
+
+def test_an_empty_file_is_the_default_space(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert load_space(path) == SearchSpace()
+
+
+def test_layers_to_keep_that_there_are_not_are_refused():
+    space = SearchSpace(keep_dense=("fc", "layer1.*"))
+    space.check_names(["layer1.0.conv1", "fc", "conv1"])
+    with pytest.raises(SpaceError, match=r"keeps 'layer1\.\*' dense, which no layer of the model is called"):
+        space.check_names(["fc", "layer1"])

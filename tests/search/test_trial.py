@@ -59,6 +59,7 @@ def test_that_of_a_finalist_is_what_it_came_to_after_its_fine_tune(study, plan):
 def test_what_diverges_has_no_objective(study, plan):
     lost = Evaluation(math.nan, math.nan, math.nan, 0)
     trial = study.ask()
+    assert score(trial, plan, Told(Evaluation(math.nan, 1.0, 1.0, 5)), None) is None  # a metric of the user's own
     assert score(trial, plan, Told(lost), None) is None
     assert tune(trial, plan, Told(tuned=lost), seed=SEED) is None
     assert trial.user_attrs == {}

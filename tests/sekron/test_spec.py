@@ -61,6 +61,7 @@ def test_lists_become_tuples():
         (((4, 1), (1, 4)), (0,), "positive whole numbers"),
         (((4, 1), (1, 4)), (2.0,), "positive whole numbers"),
         (((4, 1), (1, 4)), (), r"2 factors take 1 ranks, got 0: \(\)"),
+        (((1, 1),) * 17, (1,) * 16, "17 factors are more than the 16 that a sequence may have"),
         (((4, 4),), (1,), r"1 factors take 0 ranks, got 1: \(1,\)"),
         (((4, 1), (1, 4)), (2, 2), "2 factors take 1 ranks, got 2"),
         (((4, 1), (1, 6)), (5,), r"rank 5 of .* is above 4, where the sum is exact already"),
