@@ -169,7 +169,6 @@ def profile(settings: Settings) -> None:
     space = load_space(settings.space)
     model = _load_model(settings, spec, warn=False)
     cost = profile_model(model, input_shape=_input_shape(settings, spec, model, _load_data(settings, None)))
-    space.check_names(layer.name for layer in cost.layers)
     console_for().print(profile_report(cost, smallest=smallest_cost(cost, space), kept=space.reason_to_keep))
 
 

@@ -144,8 +144,10 @@ class Course:
             TrainingError: the loss is no longer finite, or the networks can't be compiled.
         """
         steps = total_steps(self._settings, self._data.size("train"))
-        if self._settings.compiled and not (found is not None and found[0].log and found[0].log[-1].step == steps):
-            require_compiler(self._device, self._team.size)
+        was_done = found is not None and any(row.step == steps for row in found[0].log)
+        if self._settings.compiled and not was_done:
+            self._team.refuse_compiling()
+            require_compiler(self._device)
         if self._team.leads:
             make_folder(self._out)
         if found is None:
@@ -166,7 +168,6 @@ class Course:
         ) as trainer:
             if state is not None:
                 self._restore(trainer, state)
-            was_done = trainer.step == trainer.total_steps
             began = time.monotonic()
             if not was_done:
                 record = Loop(

@@ -15,7 +15,11 @@ __all__ = ["check_reachable", "replaceable", "smallest_cost"]
 
 
 def replaceable(cost: ModelCost, space: SearchSpace) -> list[str]:
-    """Return the names of the layers that a search in this space may replace, in the order of execution."""
+    """Return the names of the layers that a search in this space may replace, in the order of execution.
+
+    Raises SpaceError if the space keeps layers dense that there are not.
+    """
+    space.check_names(layer.name for layer in cost.layers)
     return [
         layer.name
         for layer in cost.layers

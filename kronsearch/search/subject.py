@@ -82,7 +82,6 @@ class Subject:
         self.dense = copy.deepcopy(model).to(device).eval()
         self.tell("profile", 0, 1)
         self.cost = profile_model(self.dense, input_shape=tuple(shape))
-        self.space.check_names(layer.name for layer in self.cost.layers)
         self.names = replaceable(self.cost, self.space)
         for name in self.names:
             if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):

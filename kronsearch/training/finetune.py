@@ -16,14 +16,7 @@ from kronsearch.training.blocks import Watched, feature_distance
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, training_loss
 from kronsearch.training.optimizer import FactorAdamW
-from kronsearch.training.precision import (
-    KERNELS,
-    forward_watched,
-    is_of_compiler,
-    no_compiling,
-    precision_for,
-    require_compiler,
-)
+from kronsearch.training.precision import KERNELS, compiling, forward_watched, precision_for
 from kronsearch.training.randomness import own_randomness
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
@@ -77,8 +70,8 @@ class Trainer:
         device: str | torch.device = "cpu",
         team: Team = ALONE,
     ) -> None:
-        if settings.compiled and team.size > 1:
-            require_compiler(device, team.size)
+        if settings.compiled:
+            team.refuse_compiling()
         self.model, self.settings = model, settings
         self.step, self.total_steps = 0, total_steps(settings, data.size("train"))
         self._device, self._team = torch.device(device), team
@@ -140,7 +133,8 @@ class Trainer:
             own, part = self._team.share(len(inputs))
             with own_randomness(seed + self._team.rank, self._device):
                 loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
-                self._differentiate(loss)
+                with compiling():
+                    self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
             self._optimizer.step(rate)
             loss_sum += loss.detach()
@@ -151,14 +145,6 @@ class Trainer:
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
         speed = examples / (time.perf_counter() - started)
         return StepReport(self.step, self.total_steps, mean_loss, rate, speed)
-
-    def _differentiate(self, loss: Tensor) -> None:
-        try:
-            self._team.differentiate(loss)
-        except RuntimeError as error:
-            if is_of_compiler(error):
-                raise no_compiling(error) from error
-            raise
 
     def _mixed(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Labels]:
         """Return a batch as it is learnt from: with what part of it each label holds for."""

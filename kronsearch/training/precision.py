@@ -12,11 +12,10 @@ from kronsearch.errors import ModelError, TrainingError, first_line
 __all__ = [
     "KERNELS",
     "Precision",
+    "compiling",
     "eval_mode",
     "forward",
     "forward_watched",
-    "is_of_compiler",
-    "no_compiling",
     "precision_for",
     "require_compiler",
 ]
@@ -61,13 +60,11 @@ def _run(network: nn.Module, inputs: Tensor, precision: Precision, named: nn.Mod
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     try:
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with compiling(), torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             return network(inputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if is_of_compiler(error):
-            raise no_compiling(error) from error
         reason = first_line(error)
         raise ModelError(
             f"{type(named).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(named)}"
@@ -83,32 +80,31 @@ def _one_tensor(outputs: object, model: nn.Module) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def is_of_compiler(error: BaseException) -> bool:
-    """Tell whether an error was raised by `torch.compile`, whose errors have no public class."""
-    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Raise TrainingError in the place of what `torch.compile` raises, whose errors have no public class."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
+            raise _no_compiling(error) from error
+        raise
 
 
-def no_compiling(error: BaseException) -> TrainingError:
-    """Return what is told where `torch.compile` has raised an error."""
-    reason = first_line(error)
-    if reason.endswith("raised:"):  # by a backend, and what that was stands below
-        reason = f"{reason} {first_line(RuntimeError(str(error).partition(reason)[2]))}"
-    return TrainingError(f"torch.compile does not work here ({reason}): install what it needs, or train without it")
-
-
-def require_compiler(device: str | torch.device, processes: int = 1) -> None:
-    """See whether this many processes can train networks that run through `torch.compile` on a device.
-
-    Raises:
-        TrainingError: they are several, or it does not work on this machine, for the want of a compiler for instance.
-    """
-    if processes > 1:
-        raise TrainingError(f"{processes} processes can't train compiled networks together: leave --compile out")
+def require_compiler(device: str | torch.device) -> None:
+    """Raise TrainingError if `torch.compile` does not work on a device, for the want of a compiler for instance."""
     try:
         probe = torch.ones(2, device=device, requires_grad=True)
         torch.autograd.grad(torch.compile(torch.nn.functional.gelu)(probe).sum(), probe)
     except Exception as error:  # whatever it raises
-        raise no_compiling(error) from error
+        raise _no_compiling(error) from error
+
+
+def _no_compiling(error: Exception) -> TrainingError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = 2 if lines and lines[0].endswith("raised:") else 1  # by a backend, and what that was stands below
+    reason = " ".join(lines[:told])
+    return TrainingError(f"torch.compile does not work here ({reason}): install what it needs, or train without it")
 
 
 def _advice(model: nn.Module) -> str:

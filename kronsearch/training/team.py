@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kronsearch.errors import DataError
+from kronsearch.errors import DataError, TrainingError
 
 __all__ = ["ALONE", "Team", "join", "joined"]
 
@@ -40,6 +40,11 @@ class Team:
             raise DataError(f"a batch of {count} has nothing for each of {self.size} processes: use fewer")
         own = slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
         return own, (own.stop - own.start) * self.size / count
+
+    def refuse_compiling(self) -> None:
+        """Raise TrainingError if they are several, who can't train networks that run through `torch.compile`."""
+        if self.size > 1:
+            raise TrainingError(f"{self.size} processes can't train compiled networks together: leave --compile out")
 
     def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return what averages gradients when it is run and its loss differentiated; at first all get rank 0's weights.

@@ -228,6 +228,14 @@ def wide_network(*, noisy):
     )
 
 
+def larger(network):
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.1)
+    return network
+
+
 def test_wide_layers_of_low_rank_are_trained_in_stages_to_the_same_weights(monkeypatch, make_data):
     data, network = make_data(), wide_network(noisy=False)
     shapes = []
@@ -269,10 +277,7 @@ def test_which_layers_these_are_is_found_anew_without_drawing_random_numbers(mak
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own look at kernels
 def test_compiled_networks_learn_the_same_and_go_on_to_the_same_weights(make_data):
     data, teacher = make_data(), wide_network(noisy=False)
-    start = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for parameter in start.parameters():
-            parameter.mul_(1.1)
+    start = larger(teacher)
     # behind a batch norm some gradients are rounding noise, which Adam makes whole steps of: not for long
     settings = TrainSettings(epochs=2, batch_size=10, lr=1e-4, label_weight=0.5, averaging=0.9, mixing=True)
 
@@ -301,10 +306,7 @@ def test_compiled_networks_learn_the_same_and_go_on_to_the_same_weights(make_dat
 def test_compiled_networks_know_their_blocks_from_those_of_others(make_data):
     """Compiled code is reused for other networks of a class, which may be watched in other places."""
     data, teacher = make_data(), wide_network(noisy=False)
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.mul_(1.1)
+    student = larger(teacher)
 
     def loss(blocks, *, compiled):
         settings = TrainSettings(epochs=1, batch_size=10, lr=1e-4, compiled=compiled)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kronsearch.errors import DataError
+from kronsearch.errors import DataError, TrainingError
 from kronsearch.training.team import ALONE, Team, join, joined
 
 
@@ -35,3 +35,9 @@ def test_the_team_is_told_by_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert joined() == Team(1, 2)
     assert not joined().leads
+
+
+def test_several_can_not_train_compiled_networks():
+    ALONE.refuse_compiling()
+    with pytest.raises(TrainingError, match=r"2 processes can't train compiled networks together: leave --compile out"):
+        Team(0, 2).refuse_compiling()
