@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kronsearch.search.allocate import Allocation
-from kronsearch.search.candidates import Candidates
+from kronsearch.search.candidates import Candidates, pareto
 from kronsearch.search.decode import Problem
 
 __all__ = ["excess", "front", "place", "places"]
@@ -18,12 +18,15 @@ _ROUNDING = 1 + 1e-9  # of a cost: a candidate's own place leads back to it
 def front(problem: Problem, layer: Candidates) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return a layer's candidates that no other one beats, those that cost most first, and what they cost, (count,).
 
-    The cost is the sum of the parts that they take of the bounds which were asked for.
+    The cost is the sum of the parts that they take of the bounds which were asked for. Beaten is what is no better in
+    any of these and in error: what the allocation chooses is not, so that its plans have their places. Only what costs
+    more than the dense layer in one of them has none. Of equal sums the one of least error stays.
     """
-    cost = _cost(problem, layer)
-    order = np.lexsort((layer.error, cost))
-    least = np.minimum.accumulate(layer.error[order])
-    kept = order[np.diff(least, prepend=np.inf) < 0][::-1]
+    cost, bounded = _cost(problem, layer), [layer.costs[name] for name in problem.limits.given]
+    kept = np.flatnonzero(np.all([each <= each[0] for each in bounded], axis=0))
+    kept = kept[pareto([each[kept] for each in bounded], layer.error[kept])]
+    kept = kept[np.lexsort((-layer.error[kept], -cost[kept]))]
+    kept = kept[np.diff(cost[kept], append=-np.inf) < 0]
     return kept, cost[kept]
 
 

@@ -184,7 +184,10 @@ class Pace:
         return best
 
     def _unreachable(self, problem: Problem, fastest: Latency | None) -> str:
-        """Return what to say of a budget that can't be kept: the fastest plan measured, else the least predicted."""
+        """Return what to say of a budget that can't be kept: the fastest plan measured, else the least predicted.
+
+        Where no candidates keep the other bounds, how fast they are is of no account.
+        """
         dense = self.stopwatch.nanoseconds
         least = dense - sum(
             int(layer.costs["latency"][0] - layer.costs["latency"].min()) for layer in problem.candidates
@@ -193,6 +196,10 @@ class Pace:
         slower = (
             "" if self.allow_slower else ", with no layer slower than its dense one (--allow-slower takes those, too)"
         )
+        try:
+            replace(problem, limits=replace(problem.limits, latency=None)).allocate(_PLAIN)
+        except BudgetError as error:
+            return f"{error}{slower}"
         return (
             f"a budget of {self.budget} can't be kept: the fastest network that was found takes {part:.1%} of the "
             f"dense one's {format_cost('latency', dense)} on this machine{slower}"

@@ -36,7 +36,7 @@ from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 10  # of how trials are proposed, and these and finalists measured: those of another can't be compared
+_REVISION = 11  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 
 

@@ -65,15 +65,46 @@ def test_then_come_those_in_context_if_it_is_known(problem, pace):
     assert places[5] is None
 
 
-def test_a_front_has_what_nothing_cheaper_equals(problem):
+def test_a_front_has_what_nothing_beats_in_every_bounded_cost(problem):
     for layer in problem.candidates:
         kept, cost = front(problem, layer)
         parts = layer.macs / problem.limits.macs + layer.params / problem.limits.params
         assert np.allclose(cost, parts[kept])
         assert (np.diff(cost) < 0).all()
+        assert kept[0] == 0
+        keys = np.stack([layer.macs, layer.params, layer.error], axis=1)
+        beats = (keys[:, None] <= keys[None, kept]).all(axis=2)  # (all, kept)
+        assert (beats.sum(axis=0) == 1).all()  # none but itself
+        small = (keys[:, :2] <= keys[0, :2]).all(axis=1)
+        assert (keys[None, kept] <= keys[small][:, None]).all(axis=2).any(axis=1).all()
+
+
+def test_under_one_bound_what_costs_less_has_more_error(problem):
+    of_params = replace(problem, limits=Limits(params=problem.cost.params // 2))
+    for layer in problem.candidates:
+        kept, cost = front(of_params, layer)
+        assert np.allclose(cost, layer.params[kept] / of_params.limits.params)
+        assert (np.diff(cost) < 0).all()
         assert (np.diff(layer.error[kept]) > 0).all()
-        for index in range(len(layer)):
-            assert ((cost <= parts[index]) & (layer.error[kept] <= layer.error[index])).any()
+
+
+def test_a_plan_that_uses_less_of_the_scarcer_cost_has_its_place(problem):
+    *rest, layer = problem.candidates  # the last one has more of the params than of the MACs
+    macs, params = int(layer.macs[0]), int(layer.params[0])
+    few = replace(
+        layer.take(np.array([0, 1, 2])),
+        macs=np.array([macs, macs // 10, macs // 2]),
+        params=np.array([params, params * 9 // 10, params // 4]),
+        error=np.array([0.0, 0.2, 0.1]),
+    )
+    rest = [each.take(np.array([0])) for each in rest]
+    fixed = problem.cost.macs - macs, problem.cost.params - params
+    alone = replace(problem, candidates=[*rest, few], limits=Limits(fixed[0] + macs // 3, fixed[1] + params))
+    allocation = alone.allocate(Weighing())
+    assert allocation.chosen[-1] == 1
+    both = few.macs / alone.limits.macs + few.params / alone.limits.params
+    assert both[2] < both[1]  # of less error, and of less cost where both are added
+    assert place(alone, places(alone, allocation)).chosen == allocation.chosen
 
 
 def test_places_begin_at_the_dense_network_and_end_at_the_smallest(problem):

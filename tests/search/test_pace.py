@@ -134,6 +134,15 @@ def test_what_can_not_be_reached_names_the_fastest(pose, asked, noise, least):
         pace.problem(plain)
 
 
+def test_what_fails_for_another_budget_than_that_of_latency_says_so(pose):
+    pace, plain, timer = pose(Budget(latency="10s", flops="30%"), lambda spec: 2.0)
+    message = r"MACs and .* params can't be reached: the smallest that can, .*, with no layer slower than its dense one \(--allow"
+    with pytest.raises(BudgetError, match=message) as caught:
+        pace.problem(plain)
+    assert "latency" not in str(caught.value)
+    assert not timer.compared
+
+
 def test_a_latency_that_the_dense_network_keeps_is_refused(pose, honest):
     with pytest.raises(BudgetError, match=r"kept by the dense model already \(.*, 6 ms\): nothing needs to be done"):
         pose(Budget(latency="100%"), honest)
