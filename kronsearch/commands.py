@@ -84,6 +84,7 @@ def _run_front(settings: Settings) -> None:
         ("--budget-latency", settings.budget_latency is not None),
         ("--decoder direct", settings.decoder == "direct"),
         ("--input-shape", settings.input_shape is not None),
+        ("--final-epochs", "final_epochs" in settings.model_fields_set and settings.final_epochs > 0),
     ):
         if given:
             raise OptionError(f"{name} does not go with --objective pareto: leave it out")

@@ -180,6 +180,7 @@ def test_options_reach_the_search_for_a_front(calls, fronts):
         (("--budget-latency", "5ms"), "--budget-latency does not go with --objective pareto"),
         (("--decoder", "direct"), "--decoder direct does not go with --objective pareto"),
         (("--input-shape", "1,8,8"), "--input-shape does not go with --objective pareto"),
+        (("--final-epochs", "2"), "--final-epochs does not go with --objective pareto"),
         (("--budget-flops", "50%"), "none of the budgets of flops and params has two ends"),
     ],
 )

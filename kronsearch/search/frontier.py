@@ -15,8 +15,7 @@ from torch import nn
 from kronsearch.budget import Span, read_span
 from kronsearch.choices import SamplerName, SensitivityName, check_choices
 from kronsearch.errors import StudyError
-from kronsearch.files import make_folder, replacing
-from kronsearch.plan import Plan, save_plan
+from kronsearch.plan import Plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.candidates import pareto
@@ -25,6 +24,7 @@ from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
 from kronsearch.search.finals import Finalist, Finals
 from kronsearch.search.finish import final_plan
+from kronsearch.search.fronts import plan_name, save_front
 from kronsearch.search.pace import Pace
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
@@ -39,7 +39,6 @@ __all__ = ["ScoredFront", "ScoredPoint", "search_front"]
 
 _PLACE = "budget"  # of a trial between the ends of the span
 _PLACES = (0.5, 0.0, 1.0, 0.25, 0.75)  # of the plain allocations that a study begins with
-_PLANS = "plans"
 _MEASURED = ("score", "error", "divergence")
 
 
@@ -240,14 +239,7 @@ def search_front(
     found = ScoredFront(points, finals.table(), folder, phases.seconds, work.tuning)
     if folder is not None:
         save_table(found.trials, folder)
-        make_folder(folder / _PLANS)
-        for point in points:
-            save_plan(point.plan, folder / point.name)
-        for path in (folder / _PLANS).glob("trial-*.json"):  # of earlier fronts of this study
-            if f"{_PLANS}/{path.name}" not in {point.name for point in points}:
-                path.unlink()
-        with replacing(folder / "front.csv") as path:
-            found.table.to_csv(path, index=False)
+        save_front({point.name: point.plan for point in points}, found.table, folder)
     return found
 
 
@@ -262,4 +254,4 @@ def _point(finalist: Finalist, study: str, data: Data) -> ScoredPoint:
     told = finalist.measured.user_attrs
     measured = {name: float(told[name]) for name in _MEASURED if told.get(name) is not None}
     plan = final_plan(finalist.trial, study, finalist.score(data.task.metric_name))
-    return ScoredPoint(plan, measured, f"{_PLANS}/trial-{finalist.trial.number}.json")
+    return ScoredPoint(plan, measured, plan_name(f"trial-{finalist.trial.number}"))

@@ -12,12 +12,12 @@ from torch import nn
 from kronsearch.budget import Budget, budgets
 from kronsearch.choices import SensitivityName
 from kronsearch.errors import BudgetError
-from kronsearch.files import make_folder, replacing
-from kronsearch.plan import Latency, Plan, PlanBudget, save_plan
+from kronsearch.plan import Latency, Plan, PlanBudget
 from kronsearch.progress import Watcher, ignore
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.draft import Draft
+from kronsearch.search.fronts import make_plans_folder, plan_name, save_front
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.space import SearchSpace
@@ -27,7 +27,6 @@ from kronsearch.training.data import Data
 
 __all__ = ["Front", "Point", "sweep"]
 
-_PLANS = "plans"
 _PLAIN = Weighing()
 
 
@@ -153,7 +152,7 @@ def sweep(
     asked.sort(key=lambda budget: [*limits[budget].given.values()])
     check_reachable(cost, subject.space, limits[asked[0]])
     if folder is not None:
-        make_folder(folder / _PLANS)
+        make_plans_folder(folder)
     candidates, weights = subject.tables(subject.prepared())
     problems = [paces[budget].problem(Problem(cost, limits[budget], candidates, weights)) for budget in asked]
     total = sum(weight**_PLAIN.trust for weight in weights.values()) or 1.0
@@ -166,10 +165,7 @@ def sweep(
         points.append(Point(draft.plan(problem, allocation, taken), allocation.error / total, _file_of(budget)))
     front = Front(tuple(points), folder)
     if folder is not None:
-        for point in points:
-            save_plan(point.plan, folder / point.name)
-        with replacing(folder / "front.csv") as path:
-            front.table.to_csv(path, index=False)
+        save_front({point.name: point.plan for point in points}, front.table, folder)
     return front
 
 
@@ -200,6 +196,5 @@ def _allocations(problems: Sequence[Problem], paces: Sequence[Pace], subject: Su
 
 
 def _file_of(budget: Budget) -> str:
-    """Return a file's name that tells the budget, such as `plans/flops-28.42pct-params-1M.json`."""
-    told = "-".join(f"{name}-{amount}" for name, amount in budget.given.items())
-    return f"{_PLANS}/{told.replace('%', 'pct').replace(' ', '')}.json"
+    """Return the name of the file of a budget's plan."""
+    return plan_name("-".join(f"{name}-{amount}" for name, amount in budget.given.items()))

@@ -67,6 +67,11 @@ def test_files_hold_what_the_front_does(found):
     assert front.points[0].name == "plans/flops-20pct-params-60pct.json"
 
 
+def test_budgets_may_be_asked_in_any_order(digits_model, cache):
+    front = sweep(digits_model, flops="80%,30%,50%", space=SPACE, input_shape=SHAPE, allow_slower=True, cache=cache)
+    assert [point.plan.budget.flops for point in front.points] == ["30%", "50%", "80%"]
+
+
 def test_a_plan_costs_by_fvcore_what_it_says(found, digits_model):
     plan = found[0].points[3].plan
     cost = ks.profile_model(ks.apply_plan(digits_model, plan), input_shape=SHAPE)
