@@ -50,7 +50,7 @@ class Finals:
     """
 
     def __init__(self, trials: Study, *, higher_is_better: bool) -> None:
-        self._trials, self.ledger = trials, trials.beside("finals")
+        self._trials, self.ledger = trials, trials.beside("finals", told=(SCORE,))
         self._sign = -1 if higher_is_better else 1
 
     @property

@@ -71,9 +71,11 @@ class Study:
         seed: of the sampler.
         sampler: what proposes parameters, see `new_sampler`.
         objectives: how many numbers are minimised.
+        told: what is written to every trial that can win.
 
     Raises:
-        StudyError: the storage can't be opened, or the study was made with another identity.
+        StudyError: the storage can't be opened, the study was made with another identity, or has trials that are not of
+            its kind.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Study:
         seed: int,
         sampler: SamplerName = "gp",
         objectives: int = 1,
+        told: Sequence[str] = (),
     ) -> None:
         self.seed, self.name, self.objectives = seed, name, objectives
         self._storage, self._identity, self._sampler = storage, dict(identity), sampler
@@ -97,14 +100,25 @@ class Study:
             raise StudyError(f"{where} is not kronsearch's: pass another --study or --storage")
         if known is None:
             self._study.set_user_attr(_IDENTITY, dict(identity))
-        elif told := differences(known, identity):
+        elif differing := differences(known, identity):
             raise StudyError(
-                f"{where} was made with other settings ({told}): "
+                f"{where} was made with other settings ({differing}): "
                 "repeat them to resume it, or pass another --study or --out"
             )
+        for trial in self.finished():
+            needed = (SLOT, *told) if _state(trial) == _COMPLETE else (SLOT,)
+            if missing := [name for name in needed if name not in trial.user_attrs]:
+                raise StudyError(
+                    f"{where} is damaged, or others wrote to it: trial {trial.number} has no "
+                    f"{' and no '.join(missing)}; pass another --study or --out"
+                )
 
-    def beside(self, name: str) -> "Study":
+    def beside(self, name: str, *, told: Sequence[str]) -> "Study":
         """Open the study that belongs to this one and has this name behind its own, in the same storage.
+
+        Args:
+            name: the end of its name.
+            told: what is written to every trial that can win.
 
         Raises:
             StudyError: as of a study.
@@ -115,6 +129,7 @@ class Study:
             self._identity,
             seed=self.seed,
             sampler="random",
+            told=told,
         )
 
     def finished(self) -> list[FrozenTrial]:

@@ -131,6 +131,7 @@ class Work:
             seed=self.draft.seed,
             sampler=sampler,
             objectives=objectives,
+            told=(PLAN, DIGEST),
         )
         if folder is not None:
             make_folder(folder)

@@ -272,6 +272,27 @@ def test_a_study_of_somebody_elses_is_refused(tmp_path):
         opened(tmp_path / "a.db")
 
 
+@pytest.mark.parametrize(
+    ("attributes", "lacks"),
+    [({}, "slot and no plan"), ({"slot": 1}, "plan"), ({"plan": "{}"}, "slot")],
+)
+def test_a_study_that_others_wrote_to_is_refused(tmp_path, attributes, lacks):
+    url = at(tmp_path / "a.db")
+    study = Study(url, "s", IDENTITY, seed=0, told=("plan",))
+    trial = study.ask(range(2), given)
+    trial.set_user_attr("plan", "{}")
+    study.tell(trial, 1.0)
+    dropped = study.ask(range(2), given)
+    study.tell(dropped)
+    Study(url, "s", IDENTITY, seed=0, told=("plan",))  # one that can't win needs no plan
+    optuna.load_study(study_name="s", storage=url).add_trial(optuna.create_trial(value=0.5, user_attrs=attributes))
+    with pytest.raises(
+        StudyError, match=rf"others wrote to it: trial 2 has no {lacks}; pass another --study"
+    ) as caught:
+        Study(url, "s", IDENTITY, seed=0, told=("plan",))
+    assert "\n" not in str(caught.value)
+
+
 def test_four_workers_end_with_each_trial_once(tmp_path, url):
     """On every storage that several workers can share."""
     count = 8
