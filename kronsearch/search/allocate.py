@@ -170,8 +170,9 @@ class _Program:
         return np.concatenate([part[pareto([*self.costs[:, part]], self.errors[part])] for part in of_layers])
 
     def _choose(self, inside: NDArray[np.int64]) -> OptimizeResult:
-        """Solve the integer program on some candidates."""
+        """Solve the integer program on some candidates; the bound that it proves is that without slack."""
         rows = self._rows[:, inside]
+        bound = None
         for slack in (0.0, _SLACK):
             result = milp(
                 self.errors[inside],
@@ -183,8 +184,10 @@ class _Program:
                 bounds=Bounds(0, 1),
                 options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
             )
+            bound = result.mip_dual_bound if bound is None else bound
             if result.x is None or (self.costs[:, inside][:, result.x > 0.5].sum(1) <= self.limits).all():
                 break
+        result.mip_dual_bound = bound
         return result
 
     @cached_property

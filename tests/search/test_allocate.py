@@ -74,6 +74,31 @@ def test_a_budget_is_kept_to_the_last_mac():
     assert allocate(layers, Limits(10**9 - 1, None)).costs["macs"] < 10**9
 
 
+def test_what_lies_too_near_to_the_budget_to_be_seen_is_in_the_gap():
+    layers = [choices([(10**9 + 1, 1, 0.0), (10**9 - 100, 1, 1.0), (5, 1, 9.0)])]
+    found = allocate(layers, Limits(10**9, None))
+    assert found.costs["macs"] <= 10**9
+    assert found.error * (1 - found.gap) <= 1.0
+
+
+def test_no_choice_is_better_than_by_the_gap(monkeypatch):
+    monkeypatch.setattr("kronsearch.search.allocate._GAP", 0.5)  # so that it hands back what is not the best
+    generator = np.random.default_rng(5)
+    worse = 0
+    for _ in range(30):
+        layers = [
+            Choices({name: generator.integers(1, 1000, 6) for name in ("macs", "params")}, generator.uniform(0, 1, 6))
+            for _ in range(4)
+        ]
+        best = brute_force(layers, limits := Limits(2000, 2000), 0)
+        if best is None:
+            continue
+        found = allocate(layers, limits)
+        assert found.error * (1 - found.gap) <= best * (1 + 1e-6)
+        worse += found.error > best * (1 + 1e-6)
+    assert worse > 0
+
+
 def test_an_unreachable_budget_names_the_smallest():
     layers = [choices([(100, 10, 0.0), (30, 5, 1.0)]), choices([(50, 4, 0.0)])]
     with pytest.raises(BudgetError, match=r"85 MACs can't be reached: .* is 87 MACs"):

@@ -78,6 +78,12 @@ def test_a_plan_that_several_trials_came_to_is_one_finalist(finals_of):
     assert finals_of(("plain", 0.3), ("a", 0.2), ("a", 0.2), ("plain", 0.3)).slots == ["plain", "a"]
 
 
+def test_the_first_of_the_trials_that_came_to_a_plan_owns_it(finals_of):
+    finals = finals_of(("plain", 0.3), ("a", 0.2), ("a", 0.2), ("plain", 0.3))
+    play(finals, Told((0.5, 0.25), (0.5, 0.25)))
+    assert sorted(finalist.trial.number for finalist in finals.finalists()) == [0, 1]
+
+
 def test_a_plain_allocation_that_can_not_win_is_no_finalist_and_nobody_takes_its_place(finals_of):
     told = [(name, divergence) for divergence, name in enumerate("abcde", start=1)]
     assert finals_of(("plain", None), *told).slots == ["a", "b", "c", "d"]
