@@ -222,6 +222,10 @@ def finetune(
     label_weight: Annotated[
         float | None, typer.Option("--label-weight", help="Part of the loss that the labels are [default: 0]")
     ] = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option("--val-fraction", help="Part of the training set that is held out to validate [default: 0.1]"),
+    ] = None,
     compile: Annotated[  # noqa: A002 -- it is the option's name
         bool, typer.Option("--compile", help="Run through torch.compile: faster after a minute, needs a compiler")
     ] = False,

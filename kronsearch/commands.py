@@ -221,7 +221,7 @@ def finetune(path: Path, settings: Settings) -> None:
     quiet = settings.quiet or not leads
     device = _device(settings)
     model = _load_model(settings, spec, warn=leads)
-    data = _load_data(settings, stored_plan(path) if plan is None else plan)
+    data = _load_data(settings, stored_plan(path) if plan is None else plan, val_fraction=settings.val_fraction)
     assert data is not None
     view = SearchView(console_for(sys.stderr), None)
     with nullcontext() if quiet else view:
@@ -335,7 +335,9 @@ def _load_model(settings: Settings, spec: str, *, warn: bool = True) -> "nn.Modu
     return model
 
 
-def _load_data(settings: Settings, plan: Plan | None, *, reseeded: bool = True) -> "Data | None":
+def _load_data(
+    settings: Settings, plan: Plan | None, *, reseeded: bool = True, val_fraction: float | None = None
+) -> "Data | None":
     """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on.
 
     Of a command that has no option for a seed, what a settings file tells is for others: not `reseeded`.
@@ -345,7 +347,8 @@ def _load_data(settings: Settings, plan: Plan | None, *, reseeded: bool = True) 
     from kronsearch.training.sources import load_data
 
     given = plan is None or (reseeded and "seed" in settings.model_fields_set)
-    return load_data(settings.data, seed=settings.seed if given or plan is None else plan.decomposition.seed)
+    seed = settings.seed if given or plan is None else plan.decomposition.seed
+    return load_data(settings.data, seed=seed, val_fraction=val_fraction)
 
 
 def _input_shape(settings: Settings, spec: str, model: "nn.Module", data: "Data | None") -> tuple[int, ...]:

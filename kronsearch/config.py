@@ -117,6 +117,7 @@ class Settings(BaseModel):
     lr: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 128
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: bool = False
     split: Literal["test", "val"] = "test"
     quiet: bool = False

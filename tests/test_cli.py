@@ -44,8 +44,8 @@ def calls(monkeypatch, plan):
         calls.load_model = (spec, weights, args)
         return calls.model
 
-    def load_data(spec, *, seed=0):
-        calls.load_data = (spec, seed)
+    def load_data(spec, *, seed=0, val_fraction=None):
+        calls.load_data, calls.val_fraction = (spec, seed), val_fraction
         calls.data = SimpleNamespace(task=SimpleNamespace(metric_name="accuracy"), input_shape=(1, 8, 8))
         return calls.data
 
@@ -364,6 +364,7 @@ def test_a_malformed_file_is_one_line(command):
         (("finetune", "p.json", "--model", "zoo:digits"), "error: can't read the plan p.json"),
         (("finetune", "p.safetensors", "--model", "zoo:digits"), "error: no --data given"),
         (("finetune", "p.json", "--lr", "0"), "error: --lr 0.0: Input should be greater than 0"),
+        (("finetune", "p.json", "--val-fraction", "1"), "error: --val-fraction 1.0: Input should be less than 1"),
         (("finetune", "p.json", "--label-weight", "2"), "error: --label-weight 2.0: Input should be less than or"),
         (("profile",), "error: no --model given"),
         (("profile", "--model", "zoo:digit"), "error: "),
@@ -444,9 +445,10 @@ def test_options_reach_the_fine_tune(tuned):
     result = invoke(
         *(*TUNE, "--model-args", '{"a": 1}', "--weights", "w.pt", "--epochs", "0.5", "--lr", "1e-3", "--seed", "5"),
         *("--batch-size", "64", "--label-weight", "0.25", "--compile", "--out", "there", "--device", "cpu", "--quiet"),
+        *("--val-fraction", "0.02"),
     )
     assert tuned.load_model == ("m:f", "w.pt", {"a": 1})
-    assert tuned.load_data == ("digits", 5)
+    assert (tuned.load_data, tuned.val_fraction) == (("digits", 5), 0.02)
     [(args, options)] = tuned.tuned
     assert options.pop("watch").__name__ == "ignore"
     assert args == (tuned.model, Path("plan.json"), tuned.data)
@@ -468,7 +470,7 @@ def test_options_reach_the_fine_tune(tuned):
 def test_the_fine_tune_has_its_own_defaults_and_the_data_are_split_by_the_plans_seed(tuned, plan):
     invoke(*TUNE, "--weights", "w.pt")
     [(_, options)] = tuned.tuned
-    assert tuned.load_data == ("digits", plan.decomposition.seed)
+    assert (tuned.load_data, tuned.val_fraction) == (("digits", plan.decomposition.seed), None)
     assert options["out"] == "kronsearch-finetuned"
     for name in ("epochs", "lr", "batch_size", "label_weight", "seed"):
         assert options[name] == getattr(Settings(), name)

@@ -43,8 +43,8 @@ class ImageFolderData(Data):
 
     In training a random box of 8 to 100 % of the area and of ratio 3/4 to 4/3 is resized and every other image
     mirrored; otherwise the short side becomes 256 and the middle 224×224 is taken. Each batch is decoded by as many
-    threads as torch has, while the batch before is used. Raises DataError if folders are missing or their classes
-    differ.
+    threads as torch has, while the batch before is used. `val_is_cut` tells whether the validation split is a part of
+    DIR/train. Raises DataError if folders are missing or their classes differ.
     """
 
     def __init__(self, folder: Path, *, spec: str, seed: int, val_fraction: float) -> None:
@@ -69,7 +69,8 @@ class ImageFolderData(Data):
                 )
         self.task = Classification(len(classes))
         self._classes = classes
-        if len(present) == 2:
+        self.val_is_cut = len(present) == 1
+        if not self.val_is_cut:
             self._samples: dict[Split, list[tuple[str, int]]] = {
                 "train": train,
                 "val": held["val"],

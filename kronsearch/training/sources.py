@@ -17,6 +17,7 @@ from kronsearch.usercode import working_directory_importable
 
 __all__ = ["load_data"]
 
+_VAL_FRACTION = 0.1
 _DIGITS_TEST_SEED = 0
 _CIFAR_TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 _CIFAR_TEST_FILES = ("test_batch.bin",)
@@ -24,8 +25,11 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_RECORDS_PER_FILE = 10_000
 
 
-def load_data(spec: str, *, seed: int = 0, val_fraction: float = 0.1) -> Data:
+def load_data(spec: str, *, seed: int = 0, val_fraction: float | None = None) -> Data:
     """Return the data that `spec` names. The validation split is cut from the training set by the seed, class by class.
+
+    Of each class `val_fraction` is held out so, a tenth unless it is told. With the same seed smaller parts lie within
+    larger ones.
 
     - `digits`: scikit-learn's 8×8 digits, 1×8×8 inputs; a fifth is the test split, the same for every seed.
     - `cifar10:DIR`: CIFAR-10, 3×32×32. The binary files in DIR or DIR/cifar-10-batches-bin, or else the python files in
@@ -35,20 +39,34 @@ def load_data(spec: str, *, seed: int = 0, val_fraction: float = 0.1) -> Data:
     - `MODULE:CALLABLE`: what CALLABLE(seed=seed) of an importable module returns (the working directory is searched
       first), a `Data` with splits of its own.
 
-    Raises DataError if the specification is unknown, or the data are missing or malformed.
+    Raises DataError if the specification is unknown, or the data are missing or malformed, or have a validation split
+    of their own though a part is told.
     """
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise DataError(f"a validation fraction of {val_fraction} was asked for: it must be between 0 and 1")
+    fraction = _VAL_FRACTION if val_fraction is None else val_fraction
     kind, colon, rest = spec.partition(":")
     if spec == "digits":
-        return _digits(seed, val_fraction)
+        return _digits(seed, fraction)
     if not (colon and kind and rest):
         raise DataError(f"unknown data {spec!r}: possible are digits, cifar10:DIR, imagefolder:DIR and MODULE:CALLABLE")
     if kind == "cifar10":
-        return _cifar10(spec, Path(rest).expanduser(), seed, val_fraction)
+        return _cifar10(spec, Path(rest).expanduser(), seed, fraction)
     if kind == "imagefolder":
-        return ImageFolderData(Path(rest).expanduser(), spec=spec, seed=seed, val_fraction=val_fraction)
+        data = ImageFolderData(Path(rest).expanduser(), spec=spec, seed=seed, val_fraction=fraction)
+        if val_fraction is not None and not data.val_is_cut:
+            raise _has_its_own_split(spec, val_fraction)
+        return data
+    if val_fraction is not None:
+        raise _has_its_own_split(spec, val_fraction)
     return _from_callable(spec, kind, rest, seed)
+
+
+def _has_its_own_split(spec: str, val_fraction: float) -> DataError:
+    return DataError(
+        f"a validation fraction of {val_fraction} was asked for: data {spec!r} have a validation split of their own; "
+        "leave it out"
+    )
 
 
 def _digits(seed: int, val_fraction: float) -> Data:

@@ -153,6 +153,16 @@ def test_impossible_validation_fraction(fraction):
         load_data("digits", val_fraction=fraction)
 
 
+def test_a_smaller_validation_split_is_a_part_of_a_larger_one(tmp_path):
+    write_cifar(tmp_path / "data")
+    usual, few = (load_data(f"cifar10:{tmp_path / 'data'}", seed=3, val_fraction=part) for part in (None, 0.01))
+    assert (usual.size("val"), few.size("val"), few.size("train")) == (10, 10, 90)  # one of each class, at the least
+    many = load_data(f"cifar10:{tmp_path / 'data'}", seed=3, val_fraction=0.3)
+    held = {bytes(image.numpy()) for image in many._splits["val"][0]}
+    assert {bytes(image.numpy()) for image in usual._splits["val"][0]} < held
+    assert usual.fingerprint != many.fingerprint
+
+
 MODULE = """
 from kronsearch.training.sources import load_data
 
