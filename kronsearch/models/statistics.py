@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kronsearch.errors import ModelError
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
@@ -131,6 +132,9 @@ def gather_moments(
         images: about how many to read, in whole batches.
         generator: chooses images, augmentation and directions; the same whichever layers are named.
         device: to run on.
+
+    Raises:
+        ModelError: the moments of a layer are not finite.
     """
     layers = {name: model.get_submodule(name) for name in names}
     sums = {
@@ -172,4 +176,12 @@ def gather_moments(
             torch.autograd.grad(outputs, inputs, direction)
             produced.clear()
             done += len(inputs)
-    return {name: seen.moments(done) for name, seen in sums.items()}
+    moments = {name: seen.moments(done) for name, seen in sums.items()}
+    for name, found in moments.items():
+        for tensor, what in ((found.inputs, "what enters"), (found.outputs, "the gradients that come back to")):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"{what} {name} on training images can't be held in float32, or has entries that are not numbers: "
+                    "pass a trained checkpoint, and the data that it was trained on"
+                )
+    return moments

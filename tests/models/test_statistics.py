@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kronsearch.errors import ModelError
 from kronsearch.models import statistics
 from kronsearch.models.apply import factorise
 from kronsearch.models.statistics import gather_moments
@@ -143,6 +144,18 @@ def test_layers_may_be_called_by_the_name_of_their_argument():
     named = gather_moments(net, make_data(), ["conv"], images=IMAGES, generator=generator())["conv"]
     usual = gather_moments(twin, make_data(), ["0"], images=IMAGES, generator=generator())["0"]
     assert torch.equal(named.inputs, usual.inputs)
+
+
+@pytest.mark.parametrize(
+    ("grown", "name", "told"),
+    [("second", "first", "the gradients that come back to first"), ("norm", "second", "what enters second")],
+)
+def test_what_float32_does_not_hold_is_told_by_the_layer(grown, name, told):
+    broken = Net().eval()
+    with torch.no_grad():
+        broken.get_submodule(grown).weight.mul_(1e25)
+    with pytest.raises(ModelError, match=rf"^{told} .* can't be held in float32, .*: pass a trained checkpoint"):
+        gather_moments(broken, make_data(), [name], images=IMAGES, generator=generator())
 
 
 def test_modes_hooks_and_gradients_are_left_as_they_were(net):
