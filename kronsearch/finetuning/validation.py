@@ -14,7 +14,7 @@ from kronsearch.training.schedule import TEMPERATURE
 __all__ = ["Validation", "tested"]
 
 _IMAGES = 5_000  # validation images at the most, unless more are asked for
-_BATCH = 125  # small, so that the score's standard error comes from many batches
+_BATCH, _BATCHES = 125, 40  # as small, and as many: the score's standard error comes from them
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 
 
@@ -43,7 +43,9 @@ class Validation:
         def taken(limit: int) -> Tensor:
             return outputs(dense, data, split, limit=limit, device=device, precision=self._precision)
 
-        fits = taken(1).numel() * min(limit, data.size(split)) <= _TEACHER_ENTRIES
+        images = min(limit, data.size(split))
+        self._batch = min(_BATCH, max(1, images // _BATCHES))
+        fits = taken(1).numel() * images <= _TEACHER_ENTRIES
         self._wanted = taken(limit) if fits else None
 
     def __call__(self, model: nn.Module) -> Evaluation:
@@ -56,7 +58,7 @@ class Validation:
                 teacher_outputs=self._wanted,
                 temperature=TEMPERATURE,
                 limit=self._limit,
-                batch_size=_BATCH,
+                batch_size=self._batch,
                 device=self._device,
                 precision=self._precision,
             )
