@@ -66,6 +66,10 @@ Cache = Annotated[
 ]
 Device = Annotated[Words, typer.Option("--device", metavar="cpu|cuda", help="Where to compute [default: cpu]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all that is random [default: 0]")]
+ValFraction = Annotated[
+    float | None,
+    typer.Option("--val-fraction", help="Part of the training set that is held out to validate [default: 0.1]"),
+]
 LatencyBatch = Annotated[
     int | None, typer.Option("--latency-batch", help="Examples in a run where latency is measured [default: 1]")
 ]
@@ -222,10 +226,7 @@ def finetune(
     label_weight: Annotated[
         float | None, typer.Option("--label-weight", help="Part of the loss that the labels are [default: 0]")
     ] = None,
-    val_fraction: Annotated[
-        float | None,
-        typer.Option("--val-fraction", help="Part of the training set that is held out to validate [default: 0.1]"),
-    ] = None,
+    val_fraction: ValFraction = None,
     compile: Annotated[  # noqa: A002 -- it is the option's name
         bool, typer.Option("--compile", help="Run through torch.compile: faster after a minute, needs a compiler")
     ] = False,
@@ -250,6 +251,7 @@ def evaluate(
     weights: Weights = None,
     data: DataSpec = None,
     split: Annotated[Words, typer.Option("--split", metavar="test|val", help="Split [default: test]")] = None,
+    val_fraction: ValFraction = None,
     device: Device = None,
     debug: Debug = False,
 ) -> None:

@@ -80,6 +80,7 @@ def _run_front(settings: Settings) -> None:
     """Search for the front of score and cost between two budgets, and show it."""
     spec = _needed(settings.model, "--model")
     span = read_span(flops=settings.budget_flops, params=settings.budget_params)
+    instead = {"--decoder direct": " or pass --decoder allocate", "--final-epochs": " or pass --final-epochs 0"}
     for name, given in (
         ("--budget-latency", settings.budget_latency is not None),
         ("--decoder direct", settings.decoder == "direct"),
@@ -87,7 +88,7 @@ def _run_front(settings: Settings) -> None:
         ("--final-epochs", "final_epochs" in settings.model_fields_set and settings.final_epochs > 0),
     ):
         if given:
-            raise OptionError(f"{name} does not go with --objective pareto: leave it out")
+            raise OptionError(f"{name} does not go with --objective pareto: leave it out{instead.get(name, '')}")
 
     from kronsearch.progress import ignore
     from kronsearch.search.frontier import search_front
@@ -261,7 +262,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     compressed = weights is not None and is_compressed(weights)
     if weights is not None and compressed and plan is None:
         plan = stored_plan(weights)
-    data = _load_data(settings, plan, reseeded=False)
+    data = _load_data(settings, plan, reseeded=False, val_fraction=settings.val_fraction)
     if data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
     if weights is not None and compressed:
@@ -340,7 +341,8 @@ def _load_data(
 ) -> "Data | None":
     """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on.
 
-    Of a command that has no option for a seed, what a settings file tells is for others: not `reseeded`.
+    Of that a smaller `val_fraction` leaves a part to be trained on, and holds out no other images. Of a command that
+    has no option for a seed, what a settings file tells is for others: not `reseeded`.
     """
     if settings.data is None:
         return None

@@ -180,7 +180,7 @@ def test_options_reach_the_search_for_a_front(calls, fronts):
         (("--budget-latency", "5ms"), "--budget-latency does not go with --objective pareto"),
         (("--decoder", "direct"), "--decoder direct does not go with --objective pareto"),
         (("--input-shape", "1,8,8"), "--input-shape does not go with --objective pareto"),
-        (("--final-epochs", "2"), "--final-epochs does not go with --objective pareto"),
+        (("--final-epochs", "2"), "--final-epochs does not go with --objective pareto: leave it out or pass "),
         (("--budget-flops", "50%"), "none of the budgets of flops and params has two ends"),
     ],
 )
@@ -533,7 +533,10 @@ def test_evaluate_has_no_seed_and_takes_none_from_the_file(calls, plan, monkeypa
     scores = Evaluation(0.5, 1.0, None, 10)
     monkeypatch.setattr("kronsearch.training.evaluate.evaluate", lambda *args, **options: scores)
     invoke("evaluate", "plan.json", "--model", "zoo:digits", "--data", "digits")
-    assert calls.load_data == ("digits", plan.decomposition.seed)
+    assert (calls.load_data, calls.val_fraction) == (("digits", plan.decomposition.seed), None)
+    line = ("--split", "val", "--val-fraction", "0.25")
+    invoke("evaluate", "plan.json", "--model", "zoo:digits", "--data", "digits", *line)
+    assert calls.val_fraction == 0.25
 
 
 def test_the_arguments_of_a_plan_are_not_obeyed(calls, plan, monkeypatch):

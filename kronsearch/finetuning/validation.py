@@ -14,7 +14,7 @@ from kronsearch.training.schedule import TEMPERATURE
 __all__ = ["Validation", "tested"]
 
 _IMAGES = 5_000  # validation images at the most, unless more are asked for
-_BATCH, _BATCHES = 125, 40  # as small, and as many: the score's standard error comes from them
+_SMALLEST, _LARGEST, _BATCHES = 8, 125, 40  # of batches: the score's standard error comes from them
 _TEACHER_ENTRIES = 2**27  # of the dense network's outputs that are kept, to tell the divergence from them
 
 
@@ -44,7 +44,7 @@ class Validation:
             return outputs(dense, data, split, limit=limit, device=device, precision=self._precision)
 
         images = min(limit, data.size(split))
-        self._batch = min(_BATCH, max(1, images // _BATCHES))
+        self._batch = min(_LARGEST, max(_SMALLEST, images // _BATCHES))
         fits = taken(1).numel() * images <= _TEACHER_ENTRIES
         self._wanted = taken(limit) if fits else None
 

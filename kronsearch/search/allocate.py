@@ -23,7 +23,7 @@ __all__ = ["Allocation", "Choices", "allocate"]
 
 _GAP = 1e-4
 _SECONDS = 20.0
-_INFEASIBLE = 2  # SciPy's status
+_LIMIT, _INFEASIBLE = 1, 2  # SciPy's status
 _FIRST = 8  # candidates for each layer, on average, that are tried first
 _HIGHEST = 1e6  # price of a budget: the largest predicted error for a millionth of it
 _SLACK = 2e-6  # of a budget, where HiGHS oversteps it (it may, by 1e-6): budgets are kept to the last MAC
@@ -123,7 +123,7 @@ class _Program:
                 if everything and result.status == _INFEASIBLE:
                     return None
                 if everything:
-                    raise BudgetError(f"no plan within the budget was found in {_SECONDS:.0f} s: ask for a looser one")
+                    raise BudgetError("no plan within the budget was found: ask for a looser one")
                 reach = 4 * reach if reach > 0 else float(excess.max())
                 continue
             taken = np.zeros(len(excess), dtype=bool)
@@ -185,6 +185,8 @@ class _Program:
                 options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
             )
             bound = result.mip_dual_bound if bound is None else bound
+            if result.x is None and slack > 0:
+                result.status = _LIMIT  # there may be one between the two bounds
             if result.x is None or (self.costs[:, inside][:, result.x > 0.5].sum(1) <= self.limits).all():
                 break
         result.mip_dual_bound = bound
@@ -208,11 +210,12 @@ def _least(layers: Sequence[Choices], name: str) -> int:
 
 
 def _unreachable(layers: Sequence[Choices], limits: Limits, fixed: Mapping[str, int]) -> str:
-    asked = [format_cost(name, limit) for name, limit in limits.given.items()]
-    smallest = []
-    for name in limits.given:
-        least = fixed.get(name, 0) + _least(layers, name)
-        smallest.append(format_cost(name, least, exact=True))
+    least = {name: fixed.get(name, 0) + _least(layers, name) for name in limits.given}
+    blamed = [name for name, limit in limits.given.items() if limit < least[name]] or [*limits.given]
+    asked = [format_cost(name, limits.given[name]) for name in blamed]
+    smallest = [format_cost(name, least[name], exact=True) for name in blamed]
+    if len(blamed) == 1:
+        return f"a budget of {asked[0]} can't be reached: the smallest that can is {smallest[0]}"
     return (
         f"a budget of {' and '.join(asked)} can't be reached: the smallest that can, each by itself, "
         f"is {' and '.join(smallest)}"

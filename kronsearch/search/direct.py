@@ -19,11 +19,12 @@ def front(problem: Problem, layer: Candidates) -> tuple[NDArray[np.int64], NDArr
     """Return a layer's candidates that no other one beats, those that cost most first, and what they cost, (count,).
 
     The cost is the sum of the parts that they take of the bounds which were asked for. Beaten is what is no better in
-    any of these and in error: what the allocation chooses is not, so that its plans have their places. Only what costs
-    more than the dense layer in one of them has none. Of equal sums the one of least error stays.
+    any of these and in error: what the allocation chooses is not, so that its plans have their places, though under two
+    bounds the error is not in the order of the cost then. None has what costs more than the dense layer in anything,
+    and of equal sums what has not the least error.
     """
     cost, bounded = _cost(problem, layer), [layer.costs[name] for name in problem.limits.given]
-    kept = np.flatnonzero(np.all([each <= each[0] for each in bounded], axis=0))
+    kept = np.flatnonzero(np.all([layer.costs[name] <= layer.costs[name][0] for name in problem.bounds.given], axis=0))
     kept = kept[pareto([each[kept] for each in bounded], layer.error[kept])]
     kept = kept[np.lexsort((-layer.error[kept], -cost[kept]))]
     kept = kept[np.diff(cost[kept], append=-np.inf) < 0]
@@ -56,7 +57,7 @@ def place(problem: Problem, places: Mapping[str, float]) -> Allocation:
 
 
 def places(problem: Problem, allocation: Allocation) -> dict[str, float]:
-    """Return the places of an allocation's candidates; of one that others beat, that of the best of no higher cost."""
+    """Return the places of an allocation's candidates; of one that has none, that of the next of less cost."""
     found = {}
     for layer, index in zip(problem.candidates, allocation.chosen, strict=True):
         _, cost = front(problem, layer)

@@ -24,7 +24,7 @@ from kronsearch.search.decoders import Allocate
 from kronsearch.search.draft import Draft
 from kronsearch.search.finals import Finalist, Finals
 from kronsearch.search.finish import final_plan
-from kronsearch.search.fronts import plan_name, save_front
+from kronsearch.search.fronts import make_plans_folder, plan_name, save_front
 from kronsearch.search.pace import Pace
 from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
@@ -229,6 +229,8 @@ def search_front(
     work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
     check_reachable(subject.cost, subject.space, work.limits)
     ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
+    if folder is not None:
+        make_plans_folder(folder)
     work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
     finals = Finals(ledger, higher_is_better=work.higher_is_better)
     work.play(finals)

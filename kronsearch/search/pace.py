@@ -188,21 +188,22 @@ class Pace:
 
         Where no candidates keep the other bounds, how fast they are is of no account.
         """
+        taken = (
+            "" if self.allow_slower else " with no layer slower than its dense one (--allow-slower takes those, too)"
+        )
+        if fastest is None:
+            try:
+                replace(problem, limits=replace(problem.limits, latency=None)).allocate(_PLAIN)
+            except BudgetError as error:
+                return f"{error}{taken}"
         dense = self.stopwatch.nanoseconds
         least = dense - sum(
             int(layer.costs["latency"][0] - layer.costs["latency"].min()) for layer in problem.candidates
         )
         part = least / dense if fastest is None else fastest.ratio
-        slower = (
-            "" if self.allow_slower else ", with no layer slower than its dense one (--allow-slower takes those, too)"
-        )
-        try:
-            replace(problem, limits=replace(problem.limits, latency=None)).allocate(_PLAIN)
-        except BudgetError as error:
-            return f"{error}{slower}"
         return (
             f"a budget of {self.budget} can't be kept: the fastest network that was found takes {part:.1%} of the "
-            f"dense one's {format_cost('latency', dense)} on this machine{slower}"
+            f"dense one's {format_cost('latency', dense)} on this machine{taken and f',{taken}'}"
         )
 
 

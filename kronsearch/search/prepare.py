@@ -174,6 +174,8 @@ def _metrics(
         parts = {part: kept[f"{name}/{part}"].to(device) for part in _PARTS if f"{name}/{part}" in kept}
         if not parts:
             continue  # too wide to be calibrated
+        if not all(bool(part.isfinite().all()) for part in parts.values()):
+            return None
         width, height = weight[0].numel(), len(weight)
         wanted = {"inputs": (width, width), "outputs": (height, height)}
         if any(tuple(parts[part].shape) != size for part, size in wanted.items() if part in parts):

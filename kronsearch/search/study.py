@@ -105,13 +105,8 @@ class Study:
                 f"{where} was made with other settings ({differing}): "
                 "repeat them to resume it, or pass another --study or --out"
             )
-        for trial in self.finished():
-            needed = (SLOT, *told) if _state(trial) == _COMPLETE else (SLOT,)
-            if missing := [name for name in needed if name not in trial.user_attrs]:
-                raise StudyError(
-                    f"{where} is damaged, or others wrote to it: trial {trial.number} has no "
-                    f"{' and no '.join(missing)}; pass another --study or --out"
-                )
+        self._told, self._where = tuple(told), where
+        self.finished()
 
     def beside(self, name: str, *, told: Sequence[str]) -> "Study":
         """Open the study that belongs to this one and has this name behind its own, in the same storage.
@@ -133,8 +128,22 @@ class Study:
         )
 
     def finished(self) -> list[FrozenTrial]:
-        """Return the finished trials, those that can't win among them, in the order of their numbers."""
-        return self._study.get_trials(deepcopy=False, states=_FINISHED)
+        """Return the finished trials, those that can't win among them, in the order of their numbers.
+
+        Raises:
+            StudyError: one of them lacks what ours are told.
+        """
+        trials = self._study.get_trials(deepcopy=False, states=_FINISHED)
+        for trial in trials:
+            missing = [] if isinstance(trial.user_attrs.get(SLOT), int | str) else [SLOT]
+            if _state(trial) == _COMPLETE:
+                missing += [name for name in self._told if trial.user_attrs.get(name) is None]
+            if missing:
+                raise StudyError(
+                    f"{self._where} is damaged, or others wrote to it: trial {trial.number} has no "
+                    f"{' and no '.join(missing)}; pass another --study or --out"
+                )
+        return trials
 
     def ended(self) -> list[FrozenTrial]:
         """Return the finished trials that can win, in the order of their numbers."""

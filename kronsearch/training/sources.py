@@ -53,20 +53,17 @@ def load_data(spec: str, *, seed: int = 0, val_fraction: float | None = None) ->
     if kind == "cifar10":
         return _cifar10(spec, Path(rest).expanduser(), seed, fraction)
     if kind == "imagefolder":
-        data = ImageFolderData(Path(rest).expanduser(), spec=spec, seed=seed, val_fraction=fraction)
-        if val_fraction is not None and not data.val_is_cut:
-            raise _has_its_own_split(spec, val_fraction)
-        return data
-    if val_fraction is not None:
-        raise _has_its_own_split(spec, val_fraction)
-    return _from_callable(spec, kind, rest, seed)
-
-
-def _has_its_own_split(spec: str, val_fraction: float) -> DataError:
-    return DataError(
-        f"a validation fraction of {val_fraction} was asked for: data {spec!r} have a validation split of their own; "
-        "leave it out"
-    )
+        images = ImageFolderData(Path(rest).expanduser(), spec=spec, seed=seed, val_fraction=fraction)
+        data: Data = images
+        is_cut = images.val_is_cut
+    else:
+        data, is_cut = _from_callable(spec, kind, rest, seed), False
+    if val_fraction is not None and not is_cut:
+        raise DataError(
+            f"a validation fraction of {val_fraction} was asked for: data {spec!r} have a validation split of their "
+            "own; leave it out"
+        )
+    return data
 
 
 def _digits(seed: int, val_fraction: float) -> Data:

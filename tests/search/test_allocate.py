@@ -79,6 +79,8 @@ def test_what_lies_too_near_to_the_budget_to_be_seen_is_in_the_gap():
     found = allocate(layers, Limits(10**9, None))
     assert found.costs["macs"] <= 10**9
     assert found.error * (1 - found.gap) <= 1.0
+    with pytest.raises(BudgetError, match="no plan within the budget was found: ask for a looser one"):
+        allocate([choices([(10**9 + 1, 1, 0.0), (10**9 - 100, 1, 1.0)])], Limits(10**9, None))
 
 
 def test_no_choice_is_better_than_by_the_gap(monkeypatch):

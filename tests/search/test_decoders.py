@@ -107,6 +107,23 @@ def test_a_plan_that_uses_less_of_the_scarcer_cost_has_its_place(problem):
     assert place(alone, places(alone, allocation)).chosen == allocation.chosen
 
 
+def test_what_grows_in_the_other_cost_has_no_place(problem):
+    """Under one bound the allocation doesn't let the network grow in the other cost."""
+    *rest, layer = problem.candidates
+    macs, params = int(layer.macs[0]), int(layer.params[0])
+    few = replace(
+        layer.take(np.array([0, 1, 2])),
+        macs=np.array([macs, 3 * macs, macs // 2]),
+        params=np.array([params, params // 4, params // 3]),
+        error=np.array([0.0, 0.1, 0.2]),
+    )
+    rest = [each.take(np.array([0])) for each in rest]
+    alone = replace(problem, candidates=[*rest, few], limits=Limits(params=problem.cost.params - params // 2))
+    allocation = alone.allocate(Weighing())
+    assert allocation.chosen[-1] == 2
+    assert place(alone, places(alone, allocation)).chosen == allocation.chosen
+
+
 def test_places_begin_at_the_dense_network_and_end_at_the_smallest(problem):
     names = [layer.name for layer in problem.candidates]
     dense = place(problem, dict.fromkeys(names, 0.0))

@@ -274,7 +274,7 @@ def test_a_study_of_somebody_elses_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("attributes", "lacks"),
-    [({}, "slot and no plan"), ({"slot": 1}, "plan"), ({"plan": "{}"}, "slot")],
+    [({}, "slot and no plan"), ({"slot": 1}, "plan"), ({"plan": "{}"}, "slot"), ({"slot": [1], "plan": "{}"}, "slot")],
 )
 def test_a_study_that_others_wrote_to_is_refused(tmp_path, attributes, lacks):
     url = at(tmp_path / "a.db")
@@ -291,6 +291,8 @@ def test_a_study_that_others_wrote_to_is_refused(tmp_path, attributes, lacks):
     ) as caught:
         Study(url, "s", IDENTITY, seed=0, told=("plan",))
     assert "\n" not in str(caught.value)
+    with pytest.raises(StudyError, match="others wrote to it"):  # while it is open
+        study.finished()
 
 
 def test_four_workers_end_with_each_trial_once(tmp_path, url):

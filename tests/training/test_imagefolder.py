@@ -128,10 +128,14 @@ def test_one_held_out_folder_is_the_test_split(tmp_path, held):
 def test_a_part_to_hold_out_is_refused_where_there_is_a_validation_split(folder, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"fraction of 0.25 .* have a validation split of their own; leave it out"):
         load_data(f"imagefolder:{folder}", val_fraction=0.25)
-    (tmp_path / "with_splits.py").write_text("def given(seed): raise AssertionError")
+    (tmp_path / "with_splits.py").write_text(
+        "from kronsearch.training.sources import load_data\ndef given(seed): return load_data('digits')"
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="'with_splits:given' have a validation split of their own"):
         load_data("with_splits:given", val_fraction=0.25)
+    with pytest.raises(DataError, match="no module named 'with_split'"):
+        load_data("with_split:given", val_fraction=0.25)
 
 
 def test_fingerprint_is_of_the_contents(folder, tmp_path):
