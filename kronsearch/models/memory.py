@@ -27,7 +27,8 @@ def peak_memory(network: nn.Module, inputs: Tensor) -> int:
         network: on the inputs' device.
         inputs: which it can run on.
     """
-    network = copy.deepcopy(network)  # without what layers have kept of earlier runs
+    with torch.inference_mode(False):  # in which layers would keep nothing of such copies
+        network = copy.deepcopy(network)  # without what layers have kept of earlier runs
     held = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     most = _most_on_cuda if inputs.device.type == "cuda" else _most_on_cpu
     return held + most(lambda: network(inputs), inputs.device)

@@ -119,7 +119,8 @@ def _optimum(tensor: Tensor, left: Tensor, right: Tensor, extent: int) -> Tensor
 def balance_chain(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     """Divide the singular values of every bond evenly between its two factors, and give all factors equal norms.
 
-    The tensor stays what it is.
+    The tensor stays what it is. A bond's directions without a singular value are carried on to the last factor, which
+    alone is zero there: a training can find a use for them.
     """
     cores = as_cores(matrices, ranks)
     carried = cores[-1].new_ones(1, 1)
@@ -137,15 +138,19 @@ def balance_chain(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tens
         cores[k + 1] = (values[:, None] * right @ following.flatten(1)).reshape(following.shape)
         bonds.append(values)
     bonds.append(cores[0].new_ones(1))
+    roots = [_filled(values).sqrt() for values in bonds]
     for k, core in enumerate(cores):
-        before, after = bonds[k], bonds[k + 1]
-        small = torch.finfo(core.dtype).eps * before.max()
-        inverse = torch.where(before > small, before.clamp_min(small).rsqrt(), torch.zeros_like(before))
-        cores[k] = inverse[:, None, None] * core * after.sqrt()[None, :, None]
+        cores[k] = core * roots[k + 1][None, :, None] / roots[k][:, None, None]
     norms = torch.stack([core.norm() for core in cores])
     if bool((norms > 0).all()):
         cores = [core * (norms.log().mean().exp() / norm) for core, norm in zip(cores, norms, strict=True)]
     return [core.flatten(0, 1) for core in cores]
+
+
+def _filled(values: Tensor) -> Tensor:
+    """Put the largest of singular values, or 1, in the place of those that are rounding."""
+    most = values.max() if values.max() > 0 else torch.ones_like(values.max())
+    return torch.where(values > torch.finfo(values.dtype).eps * most, values, most)
 
 
 def chain_squares(tensor: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class SeKronConv(SeKronLayer):
         device: of the parameters.
 
     Raises:
-        SpecError: the spec's kernel has not as many modes as a kernel of this class, or its first factor's out channels
-            can't be divided by the groups.
+        SpecError: spec or geometry are not of as many axes as this class, or the first factor's out channels can't be
+            divided by the groups.
     """
 
     axes: ClassVar[int]
@@ -86,6 +86,8 @@ class SeKronConv(SeKronLayer):
             raise SpecError(
                 f"a {self.axes}-d convolution has a kernel of {modes} modes, {spec} has {len(spec.kernel_shape)}"
             )
+        if {len(geometry.stride), len(geometry.dilation), len(geometry.padding)} != {self.axes}:
+            raise SpecError(f"a {self.axes}-d convolution takes a geometry of {self.axes} axes, not {geometry}")
         geometry = replace(
             geometry, padded_first=geometry.padded_first or is_uneven(geometry) or padding_mode != "zeros"
         )
@@ -231,7 +233,8 @@ def kernels_formed(
     MACs takes half the time, for the stages' depthwise convolutions have slow gradients. Where stages are faster all
     the same (`plan_training`), their weights are formed instead.
 
-    The kernels are those of the factors at the start, with gradients if they are enabled then, for one backward pass.
+    The kernels are those of the factors at the start, with gradients if they are enabled then, for one backward pass:
+    inside, where what the forward pass computes is computed again for it (gradient checkpointing).
 
     Args:
         model: the network.
@@ -249,12 +252,12 @@ def kernels_formed(
     specs, factors = [layer.spec for layer in whole.values()], [layer._factors() for layer in whole.values()]
     kernels = form_kernels(specs, factors, dtype)
     formed = dict(zip(whole, kernels, strict=True))
-    for name, layer in layers.items():
-        stages, digits = _training_stages(layer.spec, layer.geometry, runs.get(name))
-        weights = [formed[name]] if name in formed else _stage_weights(layer, stages, digits, dtype)
-        layer._forget()
-        layer._formed = tuple(zip(stages, weights, strict=True))
     try:
+        for name, layer in layers.items():
+            stages, digits = _training_stages(layer.spec, layer.geometry, runs.get(name))
+            weights = [formed[name]] if name in formed else _stage_weights(layer, stages, digits, dtype)
+            layer._forget()
+            layer._formed = tuple(zip(stages, weights, strict=True))
         yield
     finally:
         for layer in layers.values():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import fit_chain
 from kronsearch.sekron.fit import fit, working_dtype
 from kronsearch.sekron.metrics import Metric
@@ -31,9 +32,11 @@ def decompose(
         S tensors of `spec.tensor_shapes`, in the kernel's dtype and on its device, their norms balanced.
 
     Raises:
-        SpecError: the spec is not one of this kernel's shape.
+        SpecError: the spec is not one of this kernel's shape, or the kernel is not finite.
     """
     spec.check_kernel(kernel.shape)
+    if not bool(kernel.isfinite().all()):
+        raise SpecError("the kernel has entries that are not finite: it can't be decomposed")
     shapes, length = spec.factor_shapes, spec.sequence_length
     tensor = unfold_kernel(kernel.detach().double(), shapes)
     if length == 1:

@@ -45,7 +45,7 @@ def form_kernels(
             groups[spec.factor_shapes, own[0].dtype, own[0].device].append(k)
         else:
             with torch.autocast(own[0].device.type, enabled=False):
-                kernel = reconstruct(own, spec)
+                kernel = reconstruct(own, spec).contiguous()  # see SeKronLayer.kernel
                 kernels[k] = kernel.to(rounded(kernel.dtype, dtype))
     for (shapes, own, _), members in groups.items():
         plan, ranks = _plan(shapes), [specs[k].ranks[0] for k in members]
@@ -124,7 +124,7 @@ class _Formed(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, ranks: list[int], dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:
         count = len(ranks)
         parts = [factors[start : start + count] for start in range(0, len(factors), count)]
-        left, *rest = (torch.cat(part).view(-1, size) for part, size in zip(parts, plan.sizes, strict=True))
+        left, *rest = (torch.cat(part).reshape(-1, size) for part, size in zip(parts, plan.sizes, strict=True))
         right = rest[0] if len(rest) == 1 else (rest[0][:, :, None] * rest[1][:, None, :]).flatten(1)
         product = left.new_empty(count, left.shape[1], right.shape[1])
         for a, b, out in zip(torch.split(left, ranks), torch.split(right, ranks), product.unbind(), strict=True):

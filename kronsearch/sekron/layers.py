@@ -26,7 +26,9 @@ class SeKronLayer(nn.Module):
     """Base of the factorised layers: parameters, the walk through the stages, and the way back to the kernel.
 
     In eval mode, without gradients, the weights of the stages are formed once and kept until the factors change or are
-    trained. What is written to `factor.data`, or through another library, can't be noticed: call `eval()` after it.
+    trained. What is written to `factor.data`, or through another library, can't be noticed, nor a step of a fused
+    optimiser whose gradients were dropped since and came from a compiled run, or from `kernel` alone: call `eval()`
+    after it.
 
     Args:
         spec: sequence and ranks.
@@ -54,14 +56,19 @@ class SeKronLayer(nn.Module):
         self.stages = plan_stages(spec, geometry)
         self._layout = plan_layout(spec, geometry, self.stages)
         self._bias_in_stage = self.stages[-1].groups * self.stages[-1].group_out == spec.kernel_shape[0]
+        self._names = tuple(map(str, range(spec.sequence_length)))
         self.factors = nn.ParameterList(torch.zeros(shape, dtype=dtype, device=device) for shape in spec.tensor_shapes)
         zeros = torch.zeros(spec.kernel_shape[0], dtype=dtype, device=device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel that the factors stand for, formed anew, differentiable."""
-        return reconstruct(tuple(self.factors), self.spec)
+        """The kernel that the factors stand for, formed anew, differentiable.
+
+        It is contiguous: torch's grouped convolutions of channels-last images on CPUs are wrong for a weight of which
+        an axis of one entry has the stride 1.
+        """
+        return reconstruct(tuple(self.factors), self.spec).contiguous()
 
     def load_layer(self, layer: Conv | nn.Linear, metric: Metric | None, refine: bool | None) -> Self:
         """Fill the factors from a dense layer's kernel, and copy its bias, corrected by the metric's mean input."""
@@ -85,15 +92,19 @@ class SeKronLayer(nn.Module):
         """Run all stages on data (examples, in channels, *positions), and add the bias."""
         factors = self._factors()
         if not self.training:
-            bias = self._parameters["bias"]
+            bias = self.bias
             if may_keep(tensors := factors if bias is None else [*factors, bias]):
                 return self._infer(data, tensors)
         self._forget()
         return self._walk(data, self._weights(factors, self._layout))
 
     def _factors(self) -> list[Tensor]:
-        """Return the factors; to go through their list takes ten times as long."""
-        return [factor for factor in self.factors._parameters.values() if factor is not None]
+        """Return the factors; to go through their list takes ten times as long, and is for those that aren't plain."""
+        plain = self.factors._parameters
+        names = self._names
+        if tuple(plain) == names:  # not pruned, parametrised or in a replica of DataParallel
+            return [factor for factor in plain.values() if factor is not None]
+        return list(self.factors)
 
     def _infer(self, data: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Do the same in eval mode without gradients; the parameters are the factors, and the bias behind them."""
@@ -101,9 +112,10 @@ class SeKronLayer(nn.Module):
 
     def _keep(self, tensors: Sequence[Tensor], way: object, form: Callable[[], Sequence[Any]]) -> tuple[Any, ...]:
         """Return what was formed of the parameters to run in this way, formed anew only if they have changed."""
-        if self._kept is None or not self._kept.fit(tensors, way):
-            self._kept = Kept.of(tensors, way, form)
-        return self._kept.formed
+        kept = self._kept  # another thread may put something else there meanwhile
+        if kept is None or not kept.fit(tensors, way):
+            self._kept = kept = Kept.of(tensors, way, form)
+        return kept.formed
 
     def _contiguous_weights(self) -> list[Tensor]:
         return [weight.contiguous() for weight in self._weights(tuple(self.factors), self._layout)]

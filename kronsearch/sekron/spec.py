@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from numbers import Integral
 from typing import Literal
 
 from kronsearch.errors import SpecError
@@ -46,8 +47,8 @@ class SeKronSpec:
     run: Run = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factor_shapes", tuple(map(tuple, self.factor_shapes)))
-        object.__setattr__(self, "ranks", tuple(self.ranks))
+        object.__setattr__(self, "factor_shapes", tuple(tuple(map(_plain, shape)) for shape in self.factor_shapes))
+        object.__setattr__(self, "ranks", tuple(map(_plain, self.ranks)))
         shapes, ranks = self.factor_shapes, self.ranks
         if not shapes or len({len(shape) for shape in shapes}) != 1 or len(shapes[0]) < 2:
             raise SpecError(
@@ -166,3 +167,8 @@ def one_by_one(length: int) -> Run:
 def all_merged(length: int) -> Run:
     """Return the run that merges this many factors into one, which is the kernel."""
     return (tuple(range(length)),)
+
+
+def _plain(value: int) -> int:
+    """Return a whole number of another kind, such as NumPy's, as an int, and all else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

@@ -116,7 +116,12 @@ def cp_table(
     The kernel is fitted at rank 1 and `fits` others in equal ratios, each fit starting from the one before it. Fitted
     errors are upper bounds: a longer fit is lower, by some percent where the error is above a hundredth. Between them
     the error is interpolated (it is smooth in the rank) at three times as many ranks.
+
+    Raises:
+        SpecError: fewer than two fits: all between would be a guess.
     """
+    if fits < 2:
+        raise SpecError(f"a table of ranks up to {highest} from {fits} fits was asked for: it takes two at the least")
     tensor = unfold_kernel(kernel.detach().to(working_dtype(kernel)), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)

@@ -39,9 +39,12 @@ def test_what_a_layer_keeps_of_its_first_run_counts_and_earlier_runs_do_not():
     linear, inputs = nn.Linear(32, 32, bias=False), torch.ones(1, 32)
     spec = SeKronSpec(((8, 4), (4, 8)), (2,), run=((0, 1),))
     layer = SeKronLinear.from_linear(linear, spec)
+    several = nn.Sequential(*(SeKronLinear.from_linear(linear, spec) for _ in range(4))).eval()
     with torch.inference_mode():
         first = peak_memory(layer, inputs)
         layer(inputs)
         assert peak_memory(layer, inputs) == first
         assert first >= 4 * (spec.params + 32 * 32 + 32)
         assert peak_memory(linear, inputs) == 4 * (32 * 32 + 32)
+        # what one layer keeps is still there when the next one runs
+        assert peak_memory(several, inputs) >= 4 * 4 * (spec.params + 32 * 32)

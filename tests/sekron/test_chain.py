@@ -86,7 +86,10 @@ def test_balanced_chains_are_the_same_tensor_with_equal_norms(sizes, ranks):
 def test_a_tensor_of_zeros_and_ranks_beyond_a_core_are_no_trouble():
     matrices, error = fit_chain(torch.zeros(3, 2, 3, dtype=torch.float64), (2, 2))
     assert error == 0
-    assert all(bool(matrix.isfinite().all()) for matrix in balance_chain(matrices, (2, 2)))
+    balanced = [matrix.requires_grad_() for matrix in balance_chain(matrices, (2, 2))]
+    assert all(bool(matrix.isfinite().all()) for matrix in balanced)
+    towards = torch.autograd.grad((contract(balanced, (2, 2)) - draw(3, 2, 3)).square().sum(), balanced)
+    assert max(float(gradient.norm()) for gradient in towards) > 0.1  # it can be trained
     tensor = draw(8, 2, 8)
     matrices, error = fit_chain(tensor, (7, 2))  # a middle core of 2 × 2 entries to each of 7 ranks has but 4 columns
     assert [tuple(matrix.shape) for matrix in matrices] == [(7, 8), (14, 2), (2, 8)]

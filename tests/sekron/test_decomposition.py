@@ -104,6 +104,14 @@ def test_norms_are_balanced_in_every_term():
         torch.testing.assert_close(norms, norms[:1].expand_as(norms), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("entry", [float("nan"), float("inf")])
+def test_a_kernel_that_is_not_finite_is_refused(entry):
+    kernel = torch.ones(4, 4)
+    kernel[1, 2] = entry
+    with pytest.raises(SpecError, match="entries that are not finite"):
+        decompose(kernel, SeKronSpec(((4, 1), (1, 4)), (1,)))
+
+
 def test_a_kernel_of_zeros():
     for spec in (SeKronSpec(((6, 1, 3, 1), (1, 5, 1, 3)), (4,)), SeKronSpec(CP, (4, 2))):
         kernel = torch.zeros(spec.kernel_shape)

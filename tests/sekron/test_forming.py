@@ -84,6 +84,14 @@ def test_kernels_of_images_have_their_channels_last(factors):
         assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_factors_may_have_their_channels_last(random_factors):
+    spec = SeKronSpec(((4, 1, 3), (2, 5, 1)), (3,))
+    factors = random_factors(spec)
+    last = [factor.to(memory_format=torch.channels_last) for factor in factors]  # as Module.to makes them
+    (expected,), (found,) = form_kernels([spec], [factors]), form_kernels([spec], [last])
+    torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
+
+
 def test_factors_of_several_precisions_are_kept_apart(random_factors):
     factors = [random_factors(SPECS[0]), [f.float() for f in random_factors(SPECS[3])]]
     assert [kernel.dtype for kernel in form_kernels([SPECS[0], SPECS[3]], factors)] == [torch.float64, torch.float32]

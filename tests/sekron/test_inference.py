@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec
 from kronsearch.sekron.convolution import conv_geometry, kernels_formed
-from kronsearch.sekron.inference import crosses
+from kronsearch.sekron.inference import Kept, crosses
 from kronsearch.sekron.layers import SeKronLayer
 
 CP = ((6, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1))
@@ -123,6 +123,20 @@ def test_a_fused_step_between_a_forward_pass_and_its_gradients_is_not_missed(lay
     loss.backward()
     optimizer.step()
     check(layer, images)
+
+
+def test_what_another_thread_puts_there_meanwhile_is_not_taken(layer, images, monkeypatch):
+    check(layer, images)
+    fit = Kept.fit
+
+    def disturbed(kept, *args):
+        fits = fit(kept, *args)
+        layer._kept = None
+        return fits
+
+    monkeypatch.setattr(Kept, "fit", disturbed)
+    for _ in range(2):
+        check(layer, images)
 
 
 def test_copies_go_their_own_way(layer, images):

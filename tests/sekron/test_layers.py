@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 from kronsearch.errors import SpecError
 from kronsearch.sekron import Geometry, SeKronConv2d, SeKronLinear, SeKronSpec, decompose, planning, reconstruct
@@ -638,6 +639,54 @@ def test_formed_kernels_are_there_only_inside_and_not_in_copies():
         assert layer._formed is formed
         assert copy.deepcopy(layer)._formed is None
     assert layer._formed is None
+
+
+@pytest.mark.parametrize("coupling", ["tree", "chain"])
+@pytest.mark.parametrize("extent", [(3, 1), (1, 3), (3, 3)])
+def test_formed_kernels_of_groups_are_right_on_images_with_their_channels_last(coupling, extent):
+    """Torch's grouped convolution misreads a weight of which an axis of one entry has the stride 1."""
+    conv = nn.utils.skip_init(nn.Conv2d, 12, 12, extent, groups=3, padding=(extent[0] // 2, extent[1] // 2))
+    spec = SeKronSpec(((12, 1, 1, 1), (1, 1, *extent), (1, 4, 1, 1)), (2, 2), coupling)
+    layer = SeKronConv2d.empty(conv, spec)
+    randomise(layer)
+    data = draw((2, 12, 6, 7), dtype=torch.float32)
+    found = []
+    for images in (data, data.to(memory_format=torch.channels_last)):
+        with kernels_formed(layer):
+            outputs = layer(images)
+            gradients = torch.autograd.grad(outputs.square().mean(), list(layer.factors))
+        found.append([outputs, *gradients])
+    for plain, last in zip(*found, strict=True):
+        close(last, plain, 1e-4 * float(plain.detach().abs().max()))
+
+
+def test_where_forming_fails_no_kernel_stays():
+    spec = SeKronSpec(((4, 1, 1, 1), (1, 4, 3, 3)), (2,))
+    layers = nn.Sequential(*(SeKronConv2d.empty(nn.utils.skip_init(nn.Conv2d, 4, 4, 3), spec) for _ in range(2)))
+    with pytest.raises(SpecError, match="a run of 2 factors"), kernels_formed(layers, runs={"1": ((0,), (2,))}):
+        raise AssertionError
+    assert [layer._formed for layer in layers] == [None, None]
+
+
+def test_pruned_factors_and_those_of_replicas_are_used():
+    layer = SeKronLinear(SeKronSpec(((4, 4), (4, 4)), (3,)))
+    randomise(layer)
+    data = draw((5, 16), dtype=torch.float32)
+    replica, factors = layer._replicate_for_data_parallel(), layer.factors._replicate_for_data_parallel()
+    for name, factor in layer.factors._parameters.items():  # as torch.nn.parallel.replicate does
+        setattr(factors, name, factor * 1)
+    replica.factors, replica.bias = factors, layer.bias * 1
+    for training in (True, False):
+        close(replica.train(training)(data), layer.to_linear()(data), 1e-5)
+    prune.l1_unstructured(layer.factors, "0", 0.9)
+    for training in (True, False):
+        close(layer.train(training)(data), data @ layer.kernel.T + layer.bias, 1e-5)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry((1,), (1,), ((0, 0),)), Geometry((1, 1), (1, 1), ((0, 0),))])
+def test_geometries_of_other_axes_are_refused(geometry):
+    with pytest.raises(SpecError, match="a 2-d convolution takes a geometry of 2 axes"):
+        SeKronConv2d(SeKronSpec(((8, 4, 3, 3),)), geometry)
 
 
 def test_groups_that_the_first_factor_does_not_hold_are_refused():

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 from math import prod
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +41,12 @@ def test_counts_of_four_factors():
 def test_one_factor_is_the_dense_kernel():
     spec = SeKronSpec(((16, 8, 3, 3),))
     assert (spec.ranks, spec.tensor_shapes, spec.params) == ((), ((16, 8, 3, 3),), 16 * 8 * 3 * 3)
+
+
+def test_whole_numbers_of_other_kinds_become_ints():
+    spec = SeKronSpec(np.array([[4, 1], [1, 4]]), np.array([3], dtype=np.int32))
+    assert spec == SeKronSpec(((4, 1), (1, 4)), (3,))
+    assert {type(n) for n in (*spec.ranks, *spec.factor_shapes[0])} == {int}
 
 
 def test_lists_become_tuples():

@@ -146,6 +146,11 @@ def _cp_kernel(factors, kernel_shape):
     return torch.from_numpy(kernel.reshape(kernel_shape))
 
 
+def test_a_table_of_one_fit_is_refused():
+    with pytest.raises(SpecError, match="from 1 fits was asked for: it takes two"):
+        cp_table(torch.ones(4, 4, 3, 3), ((4, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1)), 8, fits=1)
+
+
 def test_a_cp_kernel_is_found_by_the_table():
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (8, 9, 6)]
