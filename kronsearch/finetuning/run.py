@@ -30,7 +30,7 @@ class FinetuneResult:
 
     Args:
         plan: of the network, with its cost.
-        model: the best network of the second half by the validation score.
+        model: the network that was kept, see `kronsearch.finetuning.loop.supersedes`.
         dense: the dense network on the test split.
         compressed: the compressed one likewise.
         log: a row for each evaluation on the validation split.
@@ -66,7 +66,7 @@ def finetune(
 
     The student learns the teacher's outputs and, where shapes agree, those of its blocks; in long runs on mixtures of
     the training examples (see `TrainSettings`). After each epoch the average of its weights is scored on the validation
-    split. The best of the second half so far, and before it the latest, is in `compressed.safetensors` (see
+    split. The latest is in `compressed.safetensors`, in the second half unless it is worse than the one before (see
     `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune that is resumed from
     `checkpoint.safetensors` ends with the weights it would have had.
 

@@ -77,7 +77,7 @@ def tuned(
         tell: see `Loop`.
 
     Returns:
-        The best network by the validation score, and the seconds that this call trained for, evaluations included.
+        The network that was kept, and the seconds that this call trained for, evaluations included.
 
     Raises:
         StudyError: the loss is no longer finite.
