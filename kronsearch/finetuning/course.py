@@ -30,7 +30,7 @@ __all__ = ["APPLIED", "Course", "Ended", "Found", "Start", "long_settings", "new
 APPLIED = "applied"  # the content of a start that is the plan applied to the dense network with the data
 _BATCHES = 31  # stream of random numbers
 _AVERAGING = 0.998  # decay of the average of weights
-_MIXED = 3_000  # steps from which on batches are mixed, and the blocks' distance fades
+_MIXED = 3_000  # steps from which on batches are mixed
 
 Found = tuple[Record, dict[str, Tensor]]
 
@@ -113,7 +113,6 @@ class Course:
             "label weight": settings.label_weight,
             "compiled": settings.compiled,
             "seed": seed,
-            **({"blocks": "fading"} if settings.fading else {}),
         }
 
     def found(self) -> Found | None:
@@ -239,8 +238,6 @@ def long_settings(
     try:
         settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight, compiled=compiled)
         steps = total_steps(settings, data.size("train"))
-        return replace(
-            settings, lr=lr or default_rate(steps), mixing=steps >= _MIXED, fading=steps >= _MIXED, averaging=_AVERAGING
-        )
+        return replace(settings, lr=lr or default_rate(steps), mixing=steps >= _MIXED, averaging=_AVERAGING)
     except ValueError as error:
         raise TrainingError(str(error)) from error

@@ -132,7 +132,7 @@ class Trainer:
                 self._prepare(inputs)
             own, part = self._team.share(len(inputs))
             with own_randomness(seed + self._team.rank, self._device):
-                loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels], rate)
+                loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
                 with compiling():
                     self._team.differentiate(loss)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
@@ -163,14 +163,13 @@ class Trainer:
                 self._learnt_from, self._blocks, inputs, precision=self._precision, compiled=compiled
             )
 
-    def _loss(self, inputs: Tensor, labels: Labels, rate: float) -> Tensor:
+    def _loss(self, inputs: Tensor, labels: Labels) -> Tensor:
         wanted, theirs = (None, {}) if self._teacher is None else self._teacher(inputs)
         with kernels_formed(self.model, KERNELS[self._precision], self._runs):
             outputs, ours = forward_watched(self._runner, inputs, self._precision, self.model)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
         if self._blocks:
-            fading = rate / self.settings.lr if self.settings.fading else 1.0
-            loss = loss + fading * self.settings.feature_weight * feature_distance(ours, theirs)
+            loss = loss + self.settings.feature_weight * feature_distance(ours, theirs)
         return loss
 
     def state(self) -> dict[str, Tensor]:

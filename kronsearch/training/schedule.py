@@ -28,8 +28,7 @@ class TrainSettings:
 
     With `mixing`, every batch of floating inputs is mixed with itself in reverse order, in shares that are drawn anew
     for each batch (mixup: Zhang et al., 2018): of a teacher that knows its training images by heart there is more to
-    learn between them (Beyer et al., 2022). With `fading` the weight of the blocks' distance climbs and falls as the
-    rate does. With `averaging` > 0 the weights' exponential average of that decay is what
+    learn between them (Beyer et al., 2022). With `averaging` > 0 the weights' exponential average of that decay is what
     training results in. With `compiled`, both networks run through `torch.compile`.
     """
 
@@ -44,7 +43,6 @@ class TrainSettings:
     clip_norm: float = 1.0
     mixing: bool = False
     averaging: float = 0.0
-    fading: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:

@@ -62,8 +62,7 @@ def functional_features(network, images):
     return F.conv2d(images, network.conv.weight, network.conv.bias, padding=1)
 
 
-@pytest.mark.parametrize("fading", [False, True])
-def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network, fading):
+def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network):
     """Distillation with weight decay, warm-up and clipping, against AdamW's formulas written out."""
     data, network, teacher = make_data(), make_network(0), make_network(1)
     settings = TrainSettings(
@@ -76,7 +75,6 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network, fad
         temperature=2.0,
         feature_weight=0.5,
         clip_norm=0.05,
-        fading=fading,
     )
     rates = [0.01, 0.005]
     expected = copy.deepcopy(network).train()
@@ -90,8 +88,7 @@ def test_two_steps_are_those_of_a_hand_written_loop(make_data, make_network, fad
         cool, cool_goal = (logits / 2).log_softmax(1), (goal / 2).log_softmax(1)
         divergence = 4 * (cool_goal.exp() * (cool_goal - cool)).sum(1).mean()
         loss = 0.75 * divergence + 0.25 * F.cross_entropy(logits, labels)
-        weight = 0.5 * (rates[step - 1] / 0.01 if fading else 1)
-        loss = loss + weight * (feature - wanted).square().sum() / wanted.square().sum()
+        loss = loss + 0.5 * (feature - wanted).square().sum() / wanted.square().sum()
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
         assert norm > settings.clip_norm
@@ -374,7 +371,7 @@ def test_from_its_state_a_training_goes_on_to_the_same_weights(monkeypatch, make
     """The state is taken within an epoch of three steps, and between two."""
     monkeypatch.setattr(finetune_module, "precision_for", lambda device: precision)
     data = make_data()
-    settings = TrainSettings(epochs=3, batch_size=10, lr=0.02, mixing=True, fading=True, averaging=0.9)
+    settings = TrainSettings(epochs=3, batch_size=10, lr=0.02, mixing=True, averaging=0.9)
 
     def trainer(network, seed):
         options = {"teacher": make_network(1), "blocks": ["conv"], "generator": seeded(seed)}
