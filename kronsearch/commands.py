@@ -80,15 +80,15 @@ def _run_front(settings: Settings) -> None:
     """Search for the front of score and cost between two budgets, and show it."""
     spec = _needed(settings.model, "--model")
     span = read_span(flops=settings.budget_flops, params=settings.budget_params)
-    instead = {"--decoder direct": " or pass --decoder allocate", "--final-epochs": " or pass --final-epochs 0"}
-    for name, given in (
-        ("--budget-latency", settings.budget_latency is not None),
-        ("--decoder direct", settings.decoder == "direct"),
-        ("--input-shape", settings.input_shape is not None),
-        ("--final-epochs", "final_epochs" in settings.model_fields_set and settings.final_epochs > 0),
+    final = "final_epochs" in settings.model_fields_set and settings.final_epochs > 0
+    for name, given, instead in (
+        ("--budget-latency", settings.budget_latency is not None, ""),
+        ("--decoder direct", settings.decoder == "direct", " or pass --decoder allocate"),
+        ("--input-shape", settings.input_shape is not None, ""),
+        ("--final-epochs", final, " or pass --final-epochs 0"),
     ):
         if given:
-            raise OptionError(f"{name} does not go with --objective pareto: leave it out{instead.get(name, '')}")
+            raise OptionError(f"{name} does not go with --objective pareto: leave it out{instead}")
 
     from kronsearch.progress import ignore
     from kronsearch.search.frontier import search_front

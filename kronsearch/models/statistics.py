@@ -14,6 +14,7 @@ from kronsearch.errors import ModelError
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
+from kronsearch.training.blocks import input_of
 from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.precision import eval_mode, forward
 
@@ -146,7 +147,7 @@ def gather_moments(
 
     def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            seen.see_inputs(inputs[0] if inputs else named["input"])
+            seen.see_inputs(input_of(inputs, named))
             produced[id(output)] = (output, output._version, seen)
             if output.requires_grad:
                 output.register_hook(seen.see_gradients)  # type: ignore[no-untyped-call]
@@ -154,8 +155,7 @@ def gather_moments(
         return hook
 
     def on_norm(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        handed = inputs[0] if inputs else named["input"]
-        output, version, seen = produced.get(id(handed), (None, 0, None))
+        output, version, seen = produced.get(id(input_of(inputs, named)), (None, 0, None))
         if output is not None and seen is not None and output._version == version:  # no activation in place between
             seen.before_norm = True
 

@@ -34,7 +34,6 @@ def save_front(plans: Mapping[str, Plan], table: pd.DataFrame, folder: Path) -> 
     Raises:
         FileError: one of them can't be removed.
     """
-    make_plans_folder(folder)
     earlier = _named(folder / _TABLE)
     for name, plan in plans.items():
         save_plan(plan, folder / name)

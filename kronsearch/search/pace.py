@@ -201,10 +201,11 @@ class Pace:
             int(layer.costs["latency"][0] - layer.costs["latency"].min()) for layer in problem.candidates
         )
         part = least / dense if fastest is None else fastest.ratio
-        return (
+        told = (
             f"a budget of {self.budget} can't be kept: the fastest network that was found takes {part:.1%} of the "
-            f"dense one's {format_cost('latency', dense)} on this machine{taken and f',{taken}'}"
+            f"dense one's {format_cost('latency', dense)} on this machine"
         )
+        return f"{told},{taken}" if taken else told
 
 
 def specs_of(candidates: Sequence[Candidates], allocation: Allocation) -> Lineup:

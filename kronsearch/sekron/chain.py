@@ -149,7 +149,8 @@ def balance_chain(matrices: Sequence[Tensor], ranks: Sequence[int]) -> list[Tens
 
 def _filled(values: Tensor) -> Tensor:
     """Put the largest of singular values, or 1, in the place of those that are rounding."""
-    most = values.max() if values.max() > 0 else torch.ones_like(values.max())
+    most = values.max()
+    most = most if most > 0 else torch.ones_like(most)
     return torch.where(values > torch.finfo(values.dtype).eps * most, values, most)
 
 

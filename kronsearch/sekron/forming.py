@@ -45,7 +45,7 @@ def form_kernels(
             groups[spec.factor_shapes, own[0].dtype, own[0].device].append(k)
         else:
             with torch.autocast(own[0].device.type, enabled=False):
-                kernel = reconstruct(own, spec).contiguous()  # see SeKronLayer.kernel
+                kernel = reconstruct(own, spec)
                 kernels[k] = kernel.to(rounded(kernel.dtype, dtype))
     for (shapes, own, _), members in groups.items():
         plan, ranks = _plan(shapes), [specs[k].ranks[0] for k in members]

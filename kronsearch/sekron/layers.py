@@ -63,12 +63,8 @@ class SeKronLayer(nn.Module):
 
     @property
     def kernel(self) -> Tensor:
-        """The kernel that the factors stand for, formed anew, differentiable.
-
-        It is contiguous: torch's grouped convolutions of channels-last images on CPUs are wrong for a weight of which
-        an axis of one entry has the stride 1.
-        """
-        return reconstruct(tuple(self.factors), self.spec).contiguous()
+        """The kernel that the factors stand for, formed anew, differentiable."""
+        return reconstruct(tuple(self.factors), self.spec)
 
     def load_layer(self, layer: Conv | nn.Linear, metric: Metric | None, refine: bool | None) -> Self:
         """Fill the factors from a dense layer's kernel, and copy its bias, corrected by the metric's mean input."""
@@ -101,8 +97,7 @@ class SeKronLayer(nn.Module):
     def _factors(self) -> list[Tensor]:
         """Return the factors; to go through their list takes ten times as long, and is for those that aren't plain."""
         plain = self.factors._parameters
-        names = self._names
-        if tuple(plain) == names:  # not pruned, parametrised or in a replica of DataParallel
+        if tuple(plain) == self._names:  # not pruned, parametrised or in a replica of DataParallel
             return [factor for factor in plain.values() if factor is not None]
         return list(self.factors)
 

@@ -97,12 +97,14 @@ def as_factors(matrices: Sequence[Tensor], spec: SeKronSpec) -> tuple[Tensor, ..
 def reconstruct(factors: Sequence[Tensor], spec: SeKronSpec) -> Tensor:
     """Return the kernel (out channels, in channels, *extent) of factors (Hameed et al., SeKron, 2022, equation 3).
 
-    Differentiable. Its cost is that of the dense kernel times the number of terms; layers don't use it to run.
+    Differentiable. Its cost is that of the dense kernel times the number of terms; layers don't use it to run. The
+    kernel is contiguous: torch's grouped convolutions of channels-last images on CPUs are wrong for a weight of which
+    an axis of one entry has the stride 1.
 
     Raises:
         SpecError: the factors' shapes are not those of the spec.
     """
-    return fold_kernel(contract(as_matrices(factors, spec), spec.ranks), spec.factor_shapes)
+    return fold_kernel(contract(as_matrices(factors, spec), spec.ranks), spec.factor_shapes).contiguous()
 
 
 def merge(factors: Sequence[Tensor], spec: SeKronSpec, group: Sequence[int]) -> Tensor:

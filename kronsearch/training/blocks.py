@@ -1,18 +1,23 @@
 """The outputs of a network's blocks, and how far a student's are from its teacher's."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Watched", "block_names", "feature_distance"]
+__all__ = ["Watched", "block_names", "feature_distance", "input_of"]
 
 
 def block_names(layers: Iterable[str]) -> tuple[str, ...]:
     """Return the modules that hold these layers, by dotted name, without the whole network."""
     return tuple(sorted({name.rpartition(".")[0] for name in layers} - {""}))
+
+
+def input_of(inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> Tensor:
+    """Return what a layer of torch was called with, as its hooks are told it: by place, or as `input`."""
+    return inputs[0] if inputs else named["input"]
 
 
 class Watched(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from kronsearch.training.blocks import Watched
+from kronsearch.training.blocks import Watched, input_of
 from kronsearch.training.precision import Precision, forward, forward_watched
 from kronsearch.training.randomness import own_randomness
 
@@ -120,7 +120,7 @@ def _pairs(network: nn.Module, example: Tensor, kept: set[nn.Module]) -> list[tu
 
     def note_input(calls: list[_Call]) -> Callable[..., None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            data = inputs[0] if inputs else named["input"]
+            data = input_of(inputs, named)
             calls.append(_Call(data, data._version))
 
         return note
