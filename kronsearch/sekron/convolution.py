@@ -19,11 +19,21 @@ from kronsearch.sekron.layout import Move, plan_layout
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.spec import Run, SeKronSpec, all_merged
 
-__all__ = ["SeKronConv", "SeKronConv1d", "SeKronConv2d", "SeKronConv3d", "conv_geometry", "conv_like", "kernels_formed"]
+__all__ = [
+    "ONEDNN_BLOCK",
+    "SeKronConv",
+    "SeKronConv1d",
+    "SeKronConv2d",
+    "SeKronConv3d",
+    "conv_geometry",
+    "conv_like",
+    "kernels_formed",
+]
 
 # With channels last throughout, layers of two factors (64 channels at 28 x 28, 32 at 32 x 32, one thread) take 0.5 to
 # 0.8 of the time without moves, 0.7 to 0.9 with one, 0.9 to 1.3 with two: medians for each width of the groups.
 _MOVES = 2
+ONEDNN_BLOCK = 16  # channels that its kernels for CPUs take at once, at the most
 
 
 def conv_geometry(conv: Conv) -> Geometry:
@@ -124,29 +134,69 @@ class SeKronConv(SeKronLayer):
             device=conv.weight.device,
         )
 
+    # what networks ask their convolutions for, by the names that torch's have
+    @property
+    def in_channels(self) -> int:
+        """The channels of all groups of an input."""
+        return self.spec.kernel_shape[1] * self.geometry.groups
+
+    @property
+    def out_channels(self) -> int:
+        """The channels of all groups of an output."""
+        return self.spec.kernel_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """The kernel's extent on each axis."""
+        return self.spec.kernel_shape[2:]
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """The stride on each axis."""
+        return self.geometry.stride
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """The dilation on each axis."""
+        return self.geometry.dilation
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return self.geometry.groups
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
+        """The padding on each axis, or "same" where it is another behind than before.
+
+        Raises:
+            SpecError: it is uneven in a way that torch's convolutions don't have.
+        """
+        geometry = self.geometry
+        if not is_uneven(geometry):
+            return tuple(before for before, _ in geometry.padding)
+        no_stride = all(step == 1 for step in geometry.stride)
+        if no_stride and geometry.padding == same_padding(self.kernel_size, geometry.dilation):
+            return "same"
+        raise SpecError(
+            f"no convolution of torch has the padding {geometry.padding}: only the uneven one of 'same' can be kept"
+        )
+
     def to_conv(self) -> Any:
         """Return the dense convolution (`nn.Conv1d`, `2d` or `3d`) of the reconstructed kernel.
 
         Raises:
             SpecError: the padding is uneven in a way that torch's convolutions don't have.
         """
-        out_channels, in_channels, *extent = self.spec.kernel_shape
-        geometry = self.geometry
-        uneven = is_uneven(geometry)
-        no_stride = all(step == 1 for step in geometry.stride)
-        if uneven and not (no_stride and geometry.padding == same_padding(extent, geometry.dilation)):
-            raise SpecError(
-                f"no convolution of torch has the padding {geometry.padding}: only the uneven one of 'same' can be kept"
-            )
         make: Callable[..., Any] = self.dense_class
         conv = make(
-            in_channels * geometry.groups,
-            out_channels,
-            tuple(extent),
-            stride=geometry.stride,
-            padding="same" if uneven else tuple(before for before, _ in geometry.padding),
-            dilation=geometry.dilation,
-            groups=geometry.groups,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,
             dtype=self.factors[0].dtype,
@@ -190,6 +240,10 @@ class SeKronConv(SeKronLayer):
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve, geometry = type(self).convolve, stage.geometry
+        if stage.picks and stage.group_in < ONEDNN_BLOCK and weight.requires_grad:
+            # with channels last, oneDNN's gradient of float32 kernels writes where it mustn't (its issue 6035)
+            steps = (slice(None, None, step) for step in geometry.stride)
+            return convolve(data[(slice(None), slice(None), *steps)], weight, bias)
         return convolve(data, weight, bias, geometry.stride, geometry.padding_inside, geometry.dilation, stage.groups)
 
 

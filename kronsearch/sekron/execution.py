@@ -88,6 +88,12 @@ class Stage:
         return still and bool(self.extent)
 
     @cached_property
+    def picks(self) -> bool:
+        """Whether it is a convolution of one group that uses some positions each by itself, and passes over others."""
+        single = all(n == 1 for n in self.extent) and not any(map(sum, self.geometry.padding))
+        return single and any(n > 1 for n in self.geometry.stride) and self.groups == 1
+
+    @cached_property
     def product(self) -> bool:
         """Whether it is one product of matrices: pointwise and of one group."""
         return self.pointwise and self.groups == 1

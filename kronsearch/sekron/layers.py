@@ -220,11 +220,21 @@ class SeKronLinear(SeKronLayer):
         weight = linear.weight
         return cls(spec, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
 
+    # what networks ask their linear layers for, by the names that torch's have
+    @property
+    def in_features(self) -> int:
+        """The entries of a row that goes in."""
+        return self.spec.kernel_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """The entries of a row that comes out."""
+        return self.spec.kernel_shape[0]
+
     def to_linear(self) -> nn.Linear:
         """Return the dense linear layer of the reconstructed weight."""
-        out_features, in_features = self.spec.kernel_shape
         dtype = self.factors[0].dtype
-        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, dtype=dtype, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=dtype, device="meta")
         return to_dense(self, linear)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- as torch's layers name it

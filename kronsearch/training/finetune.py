@@ -16,7 +16,7 @@ from kronsearch.training.blocks import Watched, feature_distance
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, training_loss
 from kronsearch.training.optimizer import FactorAdamW
-from kronsearch.training.precision import KERNELS, compiling, forward_watched, precision_for
+from kronsearch.training.precision import KERNELS, compiling, forward_watched, precision_for, shield_gradients
 from kronsearch.training.randomness import own_randomness
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
@@ -88,6 +88,7 @@ class Trainer:
             for name in self._blocks:  # before there are hooks
                 self._learnt_from.get_submodule(name)
         self._watched = Watched(team.wrapped(model, self._device), self._blocks, model)
+        self._shields = shield_gradients(model, self._precision, self._device)
         self._runner: nn.Module = self._watched
         if settings.compiled:
             self._runner = torch.compile(self._watched)  # type: ignore[assignment]
@@ -110,6 +111,8 @@ class Trainer:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._batches.close()
         self._watched.close()
+        for shield in self._shields:
+            shield.remove()
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
 

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kronsearch.errors import ModelError, TrainingError, first_line
+from kronsearch.sekron.convolution import ONEDNN_BLOCK
 
 __all__ = [
     "KERNELS",
@@ -18,6 +20,7 @@ __all__ = [
     "forward_watched",
     "precision_for",
     "require_compiler",
+    "shield_gradients",
 ]
 
 Precision = Literal["bf16", "float32"]
@@ -69,6 +72,28 @@ def _run(network: nn.Module, inputs: Tensor, precision: Precision, named: nn.Mod
         raise ModelError(
             f"{type(named).__name__} can't run on inputs of shape {tuple(inputs.shape)} ({reason}): {_advice(named)}"
         ) from error
+
+
+def shield_gradients(model: nn.Module, precision: Precision, device: torch.device) -> list[RemovableHandle]:
+    """Hand contiguous images to those convolutions that `forward`'s layout would give wrong gradients, and return how.
+
+    Those of a float32 kernel of one pixel, strided, of fewer in channels than oneDNN takes at once: of large images
+    with channels last its gradient writes where it mustn't (oneDNN's issue 6035). Factorised layers do without it.
+    """
+    if precision != "float32" or device.type != "cpu":
+        return []
+
+    def contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(image.contiguous() for image in inputs)
+
+    return [
+        module.register_forward_pre_hook(contiguous)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < ONEDNN_BLOCK
+    ]
 
 
 def _one_tensor(outputs: object, model: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ import io
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 from typing import Any
@@ -191,6 +191,14 @@ class LayerLife(LayerConformance):
         again = type(layer)
         make = again.from_conv if isinstance(layer, SeKronConv) else again.from_linear
         close(make(dense, whole)(data), layer(data), EXACT)
+
+    def test_what_networks_ask_their_layers_for(self, case):
+        layer = self.create(case)
+        dense = layer.to_conv() if isinstance(layer, SeKronConv) else layer.to_linear()
+        names = ["in_features", "out_features"]
+        if isinstance(layer, SeKronConv):
+            names = ["in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding"]
+        assert {name: getattr(layer, name) for name in names} == {name: getattr(dense, name) for name in names}
 
     def test_the_global_generator_is_left_alone(self, case):
         state = torch.get_rng_state()
@@ -734,8 +742,27 @@ def test_uneven_padding_is_kept_whatever_the_geometry_says():
     padded[:, :, 2:, :7] = data
     expected = nn.functional.conv2d(padded, layer.kernel, layer.bias, stride=(2, 1))
     close(layer(data), expected, EXACT)
-    with pytest.raises(SpecError, match=r"padding \(\(2, 0\), \(0, 1\)\)"):
-        layer.to_conv()
+    for ask in (layer.to_conv, lambda: layer.padding):
+        with pytest.raises(SpecError, match=r"padding \(\(2, 0\), \(0, 1\)\)"):
+            ask()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("formed", [False, True])
+def test_gradients_of_a_pixel_of_few_channels_under_a_stride(last, formed):
+    """Without care for it torch crashes here, or gives any gradient: 112 x 112 are enough for oneDNN's issue 6035."""
+    spec = SeKronSpec(((32, 1, 1, 1), (1, 13, 1, 1)), (5,))
+    layer = SeKronConv2d(spec, Geometry((2, 1), (1, 1), ((0, 0), (0, 0))))
+    randomise(layer)
+    reference = copy.deepcopy(layer).double()
+    data = draw((2, 13, 112, 112), dtype=torch.float32)
+    reference(data.double()).square().mean().backward()
+    if last:
+        data = data.contiguous(memory_format=torch.channels_last)
+    with kernels_formed(layer) if formed else nullcontext():
+        layer(data).square().mean().backward()
+    for found, expected in zip(layer.parameters(), reference.parameters(), strict=True):
+        close(found.grad, expected.grad.float(), ROUNDING[torch.float32])
 
 
 def test_training_mode_and_frozen_weights_are_taken_over():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._inductor.exc import CppCompileError
 
 from kronsearch.errors import TrainingError
@@ -476,3 +477,30 @@ def test_bf16_trains_too(monkeypatch, make_data, make_network):
 def test_senseless_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainSettings(**settings)
+
+
+class Strided(nn.Module):
+    """A pixel's kernel, strided, that a crash of torch waits for, beside a larger one."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Conv2d(2, 5, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(5, 32, 1, stride=2, bias=False)
+
+    def forward(self, x):
+        return self.shortcut(self.block(x)).mean((2, 3))[:, :3]
+
+
+def test_gradients_of_strided_pixels_are_right_in_the_layout_for_images(make_data):
+    """Else torch crashes here, or gives any gradient: see `shield_gradients`."""
+    inputs, targets = torch.randn(4, 2, 112, 112, generator=seeded()), torch.arange(4) % 3
+    network = Strided()
+    reference = copy.deepcopy(network).double()
+    F.cross_entropy(reference(inputs.double()), targets).backward()
+    with Trainer(network, make_data(), TrainSettings(epochs=1), generator=seeded()) as trainer:
+        trainer._loss(inputs, [(1.0, targets)]).backward()
+        for found, expected in zip(network.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad.float(), rtol=1e-3, atol=1e-6)
+        assert network.shortcut._forward_pre_hooks
+        assert not network.block._forward_pre_hooks
+    assert not network.shortcut._forward_pre_hooks
