@@ -22,7 +22,7 @@ from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import train_inputs
 from kronsearch.training.distillation import softened_divergence
-from kronsearch.training.precision import forward, precision_for
+from kronsearch.training.precision import forward, precision_for, shield_gradients
 from kronsearch.training.schedule import TEMPERATURE
 
 __all__ = ["Context", "contributions"]
@@ -111,6 +111,7 @@ def contributions(
     dense = copy.deepcopy(scorer.dense)
     layers = {name: _as_dense(dense.get_submodule(name), scorer.layer(name, spec)) for name, spec in specs.items()}
     network = replace_layers(dense, layers).requires_grad_(False)
+    shield_gradients(network, precision, torch.device(device))
     changed = [  # of each layer, as in the network and as in the dense one
         (name, ours.requires_grad_(), theirs.detach())
         for name, layer in layers.items()

@@ -117,6 +117,26 @@ def test_a_layer_whose_output_does_not_reach_the_networks_contributes_nothing(di
     assert found["last"] > 0
 
 
+def test_gradients_of_strided_pixels_are_right_in_the_layout_for_images(digits_data):
+    """Else torch crashes here, or gives any gradient: see `shield_gradients`."""
+
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.widen, self.pick = nn.Conv2d(1, 5, 1), nn.Conv2d(5, 32, 1, stride=2)
+
+        def forward(self, images):
+            large = self.widen(nn.functional.interpolate(images, size=(112, 112)))
+            return self.pick(large).square().mean((2, 3))[:, :10]
+
+    torch.manual_seed(0)
+    scorer = Scorer(Strided(), digits_data, {}, Decomposition(batchnorm_images=0), "cpu")
+    specs = {"pick": SeKronSpec(((32, 1, 1, 1), (1, 5, 1, 1)), (4,))}
+    found = contributions(scorer, specs, IMAGES, torch.Generator().manual_seed(3))
+    whole = divergence(scorer, scorer.build(specs))
+    assert found["pick"] == pytest.approx(whole, rel=0.2)
+
+
 def test_neither_the_dense_network_nor_the_layers_that_are_kept_are_changed(problem, scorer):
     specs = specs_of(problem.candidates, problem.allocate(Weighing()))
     kept = {name: scorer.layer(name, spec) for name, spec in specs.items()}
