@@ -15,6 +15,7 @@ __all__ = ["KERNEL_OWNERS", "Watched", "dense_reasons", "watch_forward"]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_LIKE_TORCHS = {"timm.layers.linear.Linear"}  # differs from torch's under TorchScript only
 KERNEL_OWNERS = (*_CONVOLUTIONS, nn.Linear)  # the classes whose `weight` is a kernel
 
 
@@ -155,7 +156,9 @@ def _has_code_of_its_own(kind: type[nn.Module], base: type[nn.Module]) -> bool:
 
     One that does not, such as torchvision's Conv3DSimple, runs as its base.
     """
-    own = {name for ancestor in kind.__mro__[: kind.__mro__.index(base)] for name in vars(ancestor)}
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    known = (ancestor for ancestor in between if f"{ancestor.__module__}.{ancestor.__qualname__}" not in _LIKE_TORCHS)
+    own = {name for ancestor in known for name in vars(ancestor)}
     own -= {"reset_parameters", "extra_repr"}
     called = ("__call__", "__getattr__", "__getattribute__")
     return any(name in called or (hasattr(base, name) and not name.startswith("__")) for name in own)

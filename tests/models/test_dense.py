@@ -216,3 +216,20 @@ def test_layers_of_timm_with_their_own_padding():
     cost = profile_model(timm.create_model("tf_efficientnet_lite0"), input_shape=(3, 64, 64))
     reasons = {layer.keeps_dense for layer in cost.layers if layer.kernel_shape}
     assert reasons == {None, "Conv2dSame is a Conv2d with code of its own"}
+
+
+def test_the_linear_layer_of_timm_is_one():
+    """It holds a third to two thirds of the parameters of timm's small MobileNets and EfficientNets."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", num_classes=16).eval()
+    assert type(model.classifier) is not nn.Linear
+    layer = profile_model(model, input_shape=(3, 64, 64)).layer("classifier")
+    assert layer.keeps_dense is None
+
+    class Doubled(type(model.classifier)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.classifier = Doubled(model.classifier.in_features, 16)
+    layer = profile_model(model, input_shape=(3, 64, 64)).layer("classifier")
+    assert layer.keeps_dense == "Doubled is a Linear with code of its own"
