@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Watched", "block_names", "feature_distance", "input_of"]
 
+_FAINT = 1e-6  # of the mean square of what blocks put out
+
 
 def block_names(layers: Iterable[str]) -> tuple[str, ...]:
     """Return the modules that hold these layers, by dotted name, without the whole network."""
@@ -70,15 +72,19 @@ class Watched(nn.Module):
 def feature_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
     """Return `‖s - t‖² / ‖t‖²`, its mean over the blocks that both have in one shape, a scalar; 0 without any.
 
-    Differentiable once, in the student's outputs.
+    Differentiable once, in the student's outputs. Where the teacher puts out next to nothing, as a residual branch does
+    whose last batch norm has a scale of zero, `‖t‖²` is taken to be a millionth of what blocks of that size have.
     """
-    distances = []
-    for name, wanted in teacher.items():
-        found = student.get(name)
-        if found is not None and found.shape == wanted.shape:
-            power = _energy(wanted).clamp_min(torch.finfo(torch.float32).tiny)
-            distances.append(_Apart.apply(found, wanted) / power)
-    return torch.stack(distances).mean() if distances else torch.zeros(())
+    pairs = [
+        (found, wanted)
+        for name, wanted in teacher.items()
+        if (found := student.get(name)) is not None and found.shape == wanted.shape and wanted.numel() > 0
+    ]
+    if not pairs:
+        return torch.zeros(())
+    apart = torch.stack([_Apart.apply(found, wanted) / wanted.numel() for found, wanted in pairs])
+    powers = torch.stack([_energy(wanted) / wanted.numel() for _, wanted in pairs])
+    return (apart / powers.clamp_min(_FAINT * powers.mean()).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
 class _Apart(torch.autograd.Function):

@@ -89,6 +89,18 @@ def test_bf16_is_summed_in_float32():
     assert feature_distance({"a": 2 * ones}, {"a": ones}).item() == 1
 
 
+def test_a_block_that_puts_out_nothing_does_not_drown_the_others():
+    teacher = {"a": torch.full((4, 3), 2.0), "b": torch.zeros(4, 3), "none": torch.zeros(0)}
+    student = {"a": torch.full((4, 3), 3.0), "b": torch.full((4, 3), 1e-3), "none": torch.zeros(0)}
+    student["b"].requires_grad_()
+    distance = feature_distance(student, teacher)
+    assert distance.item() == pytest.approx((1 / 4 + 1e-6 / (1e-6 * 2)) / 2)
+    distance.backward()
+    assert student["b"].grad.isfinite().all()
+    assert feature_distance(dict.fromkeys("a", teacher["b"]), dict.fromkeys("a", teacher["b"])).item() == 0
+    assert feature_distance({"none": student["none"]}, {"none": teacher["none"]}).item() == 0
+
+
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_gradient_is_that_of_the_relative_squared_distance(precision):
     generator = torch.Generator().manual_seed(0)
