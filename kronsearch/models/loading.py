@@ -133,6 +133,11 @@ def _torchvision(spec: str) -> ModuleType:
     known = models.list_models(module=models)
     name = spec.partition(":")[2]
     if name not in known:
+        if name in models.list_models():  # of another task
+            home = models.get_model_builder(name).__module__.rpartition(".")[0]
+            raise ModelError(
+                f"{spec} is not among torchvision's plain classifiers: pass {home}:{name}, and --input-shape"
+            )
         raise _unknown(spec, name, known)
     module: ModuleType = models
     return module

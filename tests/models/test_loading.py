@@ -112,7 +112,7 @@ def test_malformed_specifications(spec):
         ("zoo:cifar_resnet21", "unknown model 'zoo:cifar_resnet21': close to it are cifar_resnet"),
         ("zoo:qqq", "unknown model 'zoo:qqq': none is close"),
         ("torchvision:resnet81", "close to it are .*resnet18"),
-        ("torchvision:fcn_resnet50", "unknown model"),
+        ("torchvision:fcn_resnet50", r"classifiers: pass torchvision\.models\.segmentation:fcn_resnet50, and --input"),
         ("timm:resnet18x", "close to it are resnet18"),
         ("timm:resnet18.no_such_tag", "unknown model 'timm:resnet18.no_such_tag': close to it are .*resnet18"),
         ("timm:hf_hub:someone/something", "unknown model"),
