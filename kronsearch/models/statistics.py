@@ -36,13 +36,20 @@ class _Layer:
         width = layer.weight[0].numel()
         self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         self.inputs = torch.zeros(width, width, device=layer.weight.device)
+        # patches are summed up without the first ones' mean: what they vary by may be little beside it
+        self.origin: Tensor | None = None
         self.mean = torch.zeros(self.groups, width, device=layer.weight.device)
         self.outputs = torch.zeros(len(layer.weight), len(layer.weight), device=layer.weight.device)
         self.patches = 0  # of each group
         self.before_norm = False
 
     def see_inputs(self, data: Tensor) -> None:
-        for patches in self._patches(data.detach().float()):
+        if data.numel() == 0:
+            return
+        for found in self._patches(data.detach().float()):
+            if self.origin is None:
+                self.origin = found.mean((0, 2))
+            patches = found - self.origin[:, None]
             rows = patches.flatten(0, -2)
             self.inputs.addmm_(rows.T, rows)
             self.mean += patches.sum((0, 2))
@@ -94,11 +101,12 @@ class _Layer:
 
     def moments(self, images: int) -> Moments:
         groups = self.groups
-        mean = self.mean / self.patches
-        inputs = self.inputs / (self.patches * groups)
+        moved = self.mean / self.patches
+        mean = moved if self.origin is None else self.origin + moved
+        inputs = self.inputs / (self.patches * groups) - moved.T @ moved / groups
         has_bias = self.layer.bias is not None
-        if self.before_norm or has_bias:
-            inputs = inputs - mean.T @ mean / groups
+        if not (self.before_norm or has_bias):
+            inputs = inputs + mean.T @ mean / groups
         outputs = self.outputs / images
         if groups > 1:  # an output meets no other group's inputs, so the two can't make up for each other
             own = torch.eye(groups, device=outputs.device)[:, None, :, None]

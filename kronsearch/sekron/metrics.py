@@ -82,9 +82,19 @@ def _roots(matrix: Tensor) -> _Pair:
 
 
 def _ridged(matrix: Tensor) -> Tensor:
+    """Return a moment with the ridge of its roots, or the first power of ten of that with which it is definite.
+
+    Where a few directions have nearly all of it, the others can be below zero by rounding; a descent would follow them.
+    """
     mean = float(matrix.diagonal().mean())
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return matrix + _RIDGE * mean * eye if mean > 0 else eye
+    if mean <= 0:
+        return eye
+    for ridge in (_RIDGE, 10 * _RIDGE, 100 * _RIDGE):
+        ridged = matrix + ridge * mean * eye
+        if int(torch.linalg.cholesky_ex(ridged).info) == 0:
+            return ridged
+    return mean * eye
 
 
 class Root:

@@ -103,6 +103,39 @@ def test_without_bias_or_norm_moments_are_not_centred(net):
     assert moments.mean is None
 
 
+class Raised(nn.Module):
+    def forward(self, x):
+        return 1e3 + 0.1 * x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_inputs_vary_by_may_be_little_beside_their_mean(bias):
+    net = nn.Sequential(Raised(), nn.Conv2d(2, 4, 3, bias=bias), nn.Flatten(), nn.Linear(48, 3)).eval()
+    found = gather_moments(net, make_data(), ["1"], images=IMAGES, generator=generator())["1"].inputs
+    patches = naive_patches(seen_inputs(net, "1"), net[1]).double()
+    rows = patches - patches.mean(0) if bias else patches
+    expected = (rows.T @ rows / len(rows)).float()
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-5 if bias else 0)
+    if bias:  # without, the mean has all but one eigenvalue drowned in it
+        assert torch.linalg.eigvalsh(found.double()).min() > 0
+
+
+def test_a_layer_that_sees_nothing_at_first(net):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(60, 3)
+
+        def forward(self, x):
+            self.layer(x.flatten(1)[:0])
+            return self.layer(x.flatten(1))
+
+    late = Late().eval()
+    found = gather_moments(late, make_data(), ["layer"], images=IMAGES, generator=generator())["layer"]
+    rows = next(iter(make_data().train_batches(IMAGES, generator=generator())))[0].flatten(1)
+    assert torch.allclose(found.mean[0], rows.mean(0), atol=1e-5)
+
+
 def test_moments_of_gradients_are_the_mean_squared_jacobian_in_expectation():
     layer = nn.Linear(3, 3, bias=False)
     head = nn.Linear(3, 2, bias=False)

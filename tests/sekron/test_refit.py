@@ -57,6 +57,20 @@ def test_the_whole_moments_are_met_better_than_by_kronecker_products(spec, with_
     assert lost(kernel, refitted, spec, moments) < 0.97 * lost(kernel, closed, spec, moments)
 
 
+@pytest.mark.parametrize(
+    "spec", [SeKronSpec(BOTTLENECK, (3,)), SeKronSpec(CP, (5, 1)), SeKronSpec(CP, (5, 3), "chain")]
+)
+@pytest.mark.parametrize("least", [-1e-2, -0.3])
+def test_moments_that_rounding_has_made_indefinite_are_no_way_down(spec, least, kernel, generator):
+    """Along a negative eigenvalue the error has no minimum: steps grew until no float could hold them."""
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0]
+    values = torch.linspace(0, 1, 24, dtype=torch.float64)
+    values[:3] = least
+    metric = Metric(Moments((basis * values) @ basis.T))
+    found = reconstruct(decompose(kernel.float(), spec, metric=metric), spec)
+    assert 0 < float(found.square().sum()) < 4 * float(kernel.square().sum())
+
+
 def test_two_factors_end_where_nothing_near_is_better(kernel, generator):
     spec, moments = SeKronSpec(SPATIAL, (2,)), Moments(moment(24, generator), moment(6, generator))
     factors = decompose(kernel, spec, metric=Metric(moments))
