@@ -236,6 +236,22 @@ class Decoder(nn.Module):
         return self.final(F.silu(self.leave(torch.cat([x, skip], 1))))
 
 
+class Asking(nn.Module):
+    """A network that asks its layers for their sizes when it runs (DaViT: Ding et al., 2022)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 12, (4, 3), stride=(2, 3), padding=1)
+        self.mix = nn.Conv2d(12, 12, 3, padding=1, groups=4)
+        self.head = nn.Linear(12, 6)
+
+    def forward(self, x):
+        down, right = self.embed.stride
+        x = F.relu(self.embed(F.pad(x, (0, -x.shape[3] % right, 0, -x.shape[2] % down))))
+        x = x + self.mix(x) / (self.mix.kernel_size[0] * self.mix.groups)
+        return self.head(x.mean((2, 3)).reshape(-1, self.head.in_features)) / self.head.out_features
+
+
 NETWORKS = {  # the network, its input, the layers that must stay dense
     "I3D": (I3D, (3, 4, 16, 12), {}),
     "MobileNetV2": (MobileNet, (3, 16, 12), {}),
@@ -243,6 +259,7 @@ NETWORKS = {  # the network, its input, the layers that must stay dense
     "super-resolution": (SuperResolution, (3, 7, 6), {}),
     "audio": (Audio, (1, 65), {}),
     "ResNeXt": (ResNeXt, (6, 9, 8), {}),
+    "asking": (Asking, (2, 9, 10), {}),
     "decoder": (Decoder, (2, 6, 8), {"up": "transposed convolution", "final": "transposed convolution"}),
 }
 all_networks = pytest.mark.parametrize("name", NETWORKS)
