@@ -7,13 +7,14 @@ import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from kronsearch.budget import Budget, budgets, read_span
-from kronsearch.config import CONFIG_FILE, OptionError, Settings
-from kronsearch.plan import Plan, load_plan
+from kronsearch.config import OptionError, Settings
+from kronsearch.given import data_of, device_of, input_shape_of, model_of, needed
+from kronsearch.plan import load_plan
 from kronsearch.report import (
     comparison,
     console_for,
@@ -28,11 +29,6 @@ from kronsearch.report import (
 )
 from kronsearch.watching import SearchView
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from kronsearch.training.data import Data
-
 __all__ = ["apply", "bench", "evaluate", "finetune", "profile", "run", "show", "sweep"]
 
 
@@ -41,7 +37,7 @@ def run(settings: Settings) -> None:
     if settings.objective == "pareto":
         _run_front(settings)
         return
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
     from kronsearch.progress import ignore
@@ -49,9 +45,9 @@ def run(settings: Settings) -> None:
 
     if not settings.debug:
         logging.getLogger("optuna").setLevel(logging.ERROR)  # its log tells what the progress tells
-    device = _device(settings)
-    model = _load_model(settings, spec)
-    data = _load_data(settings, None)
+    device = device_of(settings)
+    model = model_of(settings, spec)
+    data = data_of(settings, None)
     console = console_for(sys.stderr)
     view = SearchView(console, budget, timeout=settings.timeout)
     with nullcontext() if settings.quiet else view:
@@ -60,7 +56,7 @@ def run(settings: Settings) -> None:
             data,
             budget=budget,
             decoder=settings.decoder,
-            input_shape=_input_shape(settings, spec, model, data),
+            input_shape=input_shape_of(settings, spec, model, data),
             final_epochs=settings.final_epochs,
             **_of_study(settings),
             **_of_subject(settings, spec, device),
@@ -78,7 +74,7 @@ def run(settings: Settings) -> None:
 
 def _run_front(settings: Settings) -> None:
     """Search for the front of score and cost between two budgets, and show it."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     span = read_span(flops=settings.budget_flops, params=settings.budget_params)
     final = "final_epochs" in settings.model_fields_set and settings.final_epochs > 0
     for name, given, instead in (
@@ -95,9 +91,9 @@ def _run_front(settings: Settings) -> None:
 
     if not settings.debug:
         logging.getLogger("optuna").setLevel(logging.ERROR)
-    device = _device(settings)
-    model = _load_model(settings, spec)
-    data = _load_data(settings, None)
+    device = device_of(settings)
+    model = model_of(settings, spec)
+    data = data_of(settings, None)
     if data is None:
         raise OptionError("no --data given to score plans on: pass it, or take `kronsearch sweep`, which needs none")
     view = SearchView(console_for(sys.stderr), None, timeout=settings.timeout)
@@ -119,7 +115,7 @@ def _run_front(settings: Settings) -> None:
 
 def sweep(settings: Settings) -> None:
     """Allocate many budgets from one set of error tables, and show the front."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     asked: dict[str, Any] = {
         "flops": settings.budget_flops,
         "params": settings.budget_params,
@@ -130,16 +126,16 @@ def sweep(settings: Settings) -> None:
     from kronsearch.progress import ignore
     from kronsearch.search.sweep import sweep
 
-    device = _device(settings)
-    model = _load_model(settings, spec)
-    data = _load_data(settings, None)
+    device = device_of(settings)
+    model = model_of(settings, spec)
+    data = data_of(settings, None)
     view = SearchView(console_for(sys.stderr), None)
     with nullcontext() if settings.quiet else view:
         found = sweep(
             model,
             data,
             **asked,
-            input_shape=_input_shape(settings, spec, model, data),
+            input_shape=input_shape_of(settings, spec, model, data),
             **_of_subject(settings, spec, device),
             watch=ignore if settings.quiet else view,
         )
@@ -162,15 +158,15 @@ def _of_subject(settings: Settings, spec: str, device: str) -> dict[str, Any]:
 
 def profile(settings: Settings) -> None:
     """Show what each layer costs, and the smallest reachable cost."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
 
     from kronsearch.models.profile import profile_model
     from kronsearch.search.reach import smallest_cost
     from kronsearch.search.space import load_space
 
     space = load_space(settings.space)
-    model = _load_model(settings, spec, warn=False)
-    cost = profile_model(model, input_shape=_input_shape(settings, spec, model, _load_data(settings, None)))
+    model = model_of(settings, spec, warn=False)
+    cost = profile_model(model, input_shape=input_shape_of(settings, spec, model, data_of(settings, None)))
     console_for().print(profile_report(cost, smallest=smallest_cost(cost, space), kept=space.reason_to_keep))
 
 
@@ -181,7 +177,7 @@ def show(path: Path) -> None:
 
 def apply(path: Path, out: Path, settings: Settings) -> None:
     """Apply a plan to a checkpoint, and write the compressed network."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     plan = load_plan(path)
 
     if out.suffix != ".safetensors":
@@ -189,9 +185,9 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
 
     from kronsearch.models.apply import apply_plan, measured, save_compressed
 
-    device = _device(settings)
-    model = _load_model(settings, spec)
-    small = apply_plan(model, plan, _load_data(settings, plan), device=device)
+    device = device_of(settings)
+    model = model_of(settings, spec)
+    small = apply_plan(model, plan, data_of(settings, plan), device=device)
     plan = measured(plan, model.to(device), small)
     budget = plan.budget
     for cost, most, name in (
@@ -208,7 +204,7 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
 
 def finetune(path: Path, settings: Settings) -> None:
     """Fine-tune a compressed network, and compare it with the dense one, its teacher."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     plan = None if path.suffix == ".safetensors" else load_plan(path)
     if settings.data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
@@ -220,9 +216,9 @@ def finetune(path: Path, settings: Settings) -> None:
 
     leads = joined().leads
     quiet = settings.quiet or not leads
-    device = _device(settings)
-    model = _load_model(settings, spec, warn=leads)
-    data = _load_data(settings, stored_plan(path) if plan is None else plan, val_fraction=settings.val_fraction)
+    device = device_of(settings)
+    model = model_of(settings, spec, warn=leads)
+    data = data_of(settings, stored_plan(path) if plan is None else plan, val_fraction=settings.val_fraction)
     assert data is not None
     view = SearchView(console_for(sys.stderr), None)
     with nullcontext() if quiet else view:
@@ -251,24 +247,24 @@ def finetune(path: Path, settings: Settings) -> None:
 
 def evaluate(path: Path | None, settings: Settings) -> None:
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint, on a split of the data."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     plan = None if path is None else load_plan(path)
 
     from kronsearch.models.apply import apply_plan, is_compressed, load_compressed, stored_plan
     from kronsearch.models.loading import load_model
     from kronsearch.training.evaluate import evaluate
 
-    device, weights = _device(settings), settings.weights
+    device, weights = device_of(settings), settings.weights
     compressed = weights is not None and is_compressed(weights)
     if weights is not None and compressed and plan is None:
         plan = stored_plan(weights)
-    data = _load_data(settings, plan, reseeded=False, val_fraction=settings.val_fraction)
+    data = data_of(settings, plan, reseeded=False, val_fraction=settings.val_fraction)
     if data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
     if weights is not None and compressed:
         model = load_compressed(load_model(spec, args=settings.model_args), weights, plan)
     else:
-        model = _load_model(settings, spec)
+        model = model_of(settings, spec)
         if plan is not None:
             model = apply_plan(model, plan, data, device=device)
     result = evaluate(model.to(device), data, settings.split, device=device)
@@ -277,7 +273,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
 
 def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
     """Time the dense network and a compressed one on this machine."""
-    spec = _needed(settings.model, "--model")
+    spec = needed(settings.model, "--model")
     file = path if path is not None or settings.weights is None else Path(settings.weights)
     if file is None or (path is None and file.suffix != ".safetensors"):
         raise OptionError("nothing to compare with: pass a plan.json, or the compressed.safetensors of a run")
@@ -287,7 +283,7 @@ def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
     from kronsearch.models.bench import bench, save_timings
     from kronsearch.models.loading import load_model
 
-    device = _device(settings)
+    device = device_of(settings)
     model = load_model(spec, weights=None if path is None else settings.weights, args=settings.model_args)
     if plan is None:
         plan = stored_plan(file)
@@ -308,56 +304,3 @@ def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
     if csv is not None:
         save_timings(timings, csv)
         console.print(f"written to {csv}", soft_wrap=True)
-
-
-def _needed(value: str | None, option: str) -> str:
-    if value is None:
-        raise OptionError(
-            f"no {option} given: pass {option} SPEC (zoo:NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE), "
-            f"or write it into {CONFIG_FILE}"
-        )
-    return value
-
-
-def _device(settings: Settings) -> str:
-    import torch
-
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("--device cuda: there is no CUDA device that this torch can use; pass --device cpu")
-    return settings.device
-
-
-def _load_model(settings: Settings, spec: str, *, warn: bool = True) -> "nn.Module":
-    from kronsearch.models.loading import load_model
-
-    model = load_model(spec, weights=settings.weights, args=settings.model_args)
-    if warn and settings.weights is None and spec != "zoo:digits":
-        typer.echo(f"warning: no --weights: those of {spec} are random, unless its code loads some", err=True)
-    return model
-
-
-def _load_data(
-    settings: Settings, plan: Plan | None, *, reseeded: bool = True, val_fraction: float | None = None
-) -> "Data | None":
-    """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on.
-
-    Of that a smaller `val_fraction` leaves a part to be trained on, and holds out no other images. Of a command that
-    has no option for a seed, what a settings file tells is for others: not `reseeded`.
-    """
-    if settings.data is None:
-        return None
-    from kronsearch.training.sources import load_data
-
-    given = plan is None or (reseeded and "seed" in settings.model_fields_set)
-    seed = settings.seed if given or plan is None else plan.decomposition.seed
-    return load_data(settings.data, seed=seed, val_fraction=val_fraction)
-
-
-def _input_shape(settings: Settings, spec: str, model: "nn.Module", data: "Data | None") -> tuple[int, ...]:
-    """Return the shape of one example: as given, else the data's, else the one that the model was made for."""
-    from kronsearch.models.loading import default_input_shape
-
-    shape = settings.input_shape or (data.input_shape if data is not None else default_input_shape(spec, model))
-    if shape is None:
-        raise OptionError(f"the input of {spec} is not known: pass --input-shape, such as 3,224,224, or --data")
-    return shape

@@ -13,7 +13,7 @@ from kronsearch.plan import save_plan
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kronsearch"
 FACADE = "kronsearch"  # the package itself: names for users, imported when they are first used
-CLI = ("cli", "commands", "config", "report", "watching")
+CLI = ("cli", "commands", "config", "given", "report", "watching")
 LINE = (
     "sekron",
     "training",
@@ -40,7 +40,7 @@ OWNERS = {  # third parties that only these may import
     "torchvision": ("kronsearch.models.", "kronsearch.training."),
     "rich": ("kronsearch.report", "kronsearch.watching"),
     "yaml": ("kronsearch.yamlfile",),
-    "typer": ("kronsearch.cli", "kronsearch.commands"),
+    "typer": ("kronsearch.cli", "kronsearch.commands", "kronsearch.given"),
 }
 PUTS_BACK = {"kronsearch.models.timing": {"torch.set_num_threads"}}  # what is global is set there, and undone
 HEAVY = ("torch", "optuna", "pandas", "scipy", "sklearn", "fvcore", "numpy")
