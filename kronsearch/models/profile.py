@@ -154,7 +154,7 @@ def _own_macs(model: nn.Module, example: Tensor) -> dict[str, int]:
         told = "; ".join(f"{op.removeprefix('aten::')} in {_first_few(names)}" for op, names in places.items())
         raise ModelError(
             f"the MACs of {type(model).__name__} can't be counted, because it runs {told}; "
-            "convolutions, linear layers, products of matrices, attention and elementwise operators can"
+            "convolutions, linear and recurrent layers, products of matrices, attention and elementwise operators can"
         )
     return {name: count["macs"] for name, count in _without_children(totals).items()}
 

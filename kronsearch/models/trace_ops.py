@@ -28,12 +28,13 @@ _COMPARISON = """all amax amin any argmax argmin argsort isfinite isinf isnan le
 min ne sort topk tril tril_ triu triu_"""
 _CREATION = """bernoulli bernoulli_ empty_like eye fill_ linspace meshgrid new_ones normal_ ones_like rand rand_like
 randn randn_like scalar_tensor tensor uniform_ zero_"""
-_SHAPE = """affine_grid_generator alias as_strided broadcast_tensors broadcast_to channel_shuffle clone col2im concat
-diagonal embedding expand_as fill flip hstack im2col index_add index_fill index_select item lift_fresh masked_fill_
-masked_scatter masked_select moveaxis movedim native_channel_shuffle numel one_hot pad pixel_shuffle pixel_unshuffle
-real reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
-replication_pad2d replication_pad3d reshape_as scatter scatter_ scatter_add squeeze_ swapaxes swapdims take_along_dim
-tensor_split tile transpose_ unflatten unfold upsample_nearest1d upsample_nearest3d view_as vstack"""
+_SHAPE = """_pack_padded_sequence _pad_packed_sequence affine_grid_generator alias as_strided broadcast_tensors
+broadcast_to channel_shuffle clone col2im concat diagonal embedding expand_as fill flip hstack im2col index_add
+index_fill index_select item lift_fresh masked_fill_ masked_scatter masked_select moveaxis movedim
+native_channel_shuffle numel one_hot pad pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d
+reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape_as scatter
+scatter_ scatter_add squeeze_ swapaxes swapdims take_along_dim tensor_split tile transpose_ unflatten unfold
+unsafe_chunk unsafe_split upsample_nearest1d upsample_nearest3d view_as vstack"""
 
 FREE_OPS: frozenset[str] = frozenset(
     f"aten::{name}"
@@ -103,6 +104,14 @@ def _einsum(inputs: Any, _outputs: Any) -> int:
     return einsum_macs(inputs[0].toIValue(), [_shape(value) for value in inputs[1].node().inputs()])
 
 
+def _recurrent(inputs: Any, outputs: Any) -> int:
+    """Count recurrent layers, any number of them, in both directions: each step takes all matrices once."""
+    *_, weights = (value for value in inputs if value.node().kind() == "prim::ListConstruct")
+    shapes = [_shape(weight) for weight in weights.node().inputs()]
+    steps = prod(_shape(outputs[0])[:-1])  # of a padded batch, or of a packed one
+    return steps * sum(prod(shape) for shape in shapes if len(shape) == 2)
+
+
 def _resample(reads: int) -> Callable[[Any, Any], int]:
     return lambda _inputs, outputs: reads * prod(_shape(outputs[0]))
 
@@ -119,6 +128,7 @@ HANDLERS: Mapping[str, Callable[[Any, Any], int]] = {
     "aten::einsum": _einsum,
     "aten::_convolution_mode": _convolution_by_mode,  # padding="same" or "valid"; never transposed
     "aten::scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent),
     "aten::upsample_linear1d": _resample(2),
     "aten::upsample_bicubic2d": _resample(16),
     "aten::upsample_trilinear3d": _resample(8),

@@ -120,6 +120,47 @@ def test_operators_are_counted_in_a_network(function, macs):
     assert profile_model(Op(function), input_shape=(2, 3, 4)).macs == macs
 
 
+class First(nn.Module):
+    """A recurrent layer on sequences, of which the first `packed` steps may be all there are, or one of its cells."""
+
+    def __init__(self, recurrent, packed=None):
+        super().__init__()
+        self.recurrent, self.packed = recurrent, packed
+
+    def forward(self, x):
+        if self.packed is not None:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([self.packed]), batch_first=True)
+        outputs = self.recurrent(x)
+        outputs = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        return outputs if self.packed is None else nn.utils.rnn.pad_packed_sequence(outputs)[0]
+
+
+def weights_of(model):
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if "weight" in name)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bidirectional": True}, {"bias": False}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_take_all_their_matrices_in_each_step(kind, options):
+    model = First(kind(6, 5, batch_first=True, **options))
+    cost = profile_model(model, input_shape=(7, 6))
+    assert cost.macs == cost.layer("recurrent").macs == 7 * weights_of(model)
+    model.packed = 4
+    assert profile_model(model, input_shape=(7, 6)).macs == 4 * weights_of(model)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_the_projections_of_lstm_are_matrices_too():
+    model = First(nn.LSTM(6, 5, proj_size=2, batch_first=True))
+    assert profile_model(model, input_shape=(7, 6)).macs == 7 * weights_of(model)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind):
+    model = First(kind(6, 5))
+    assert profile_model(model, input_shape=(6,)).macs == weights_of(model)
+
+
 @pytest.mark.parametrize(
     ("function", "operator"),
     [
