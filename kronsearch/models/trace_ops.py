@@ -14,27 +14,33 @@ __all__ = ["FREE_OPS", "HANDLERS", "attention_macs", "einsum_macs", "product_mac
 
 # Free is what takes a constant number of operations an element, as fvcore sees activations and pooling: its own list of
 # ignored operators comes on top, and what fvcore counts (batch_norm, layer_norm, adaptive_avg_pool2d, …) stays counted.
-_ARITHMETIC = """abs add add_ addcdiv addcmul addcmul_ ceil clamp_max clamp_max_ clamp_min clamp_min_ cos cumsum div
-div_ exp exp_ expm1 floor_ fmod lerp log log1p log2 maximum mean minimum mul mul_ neg neg_ pow pow_ prod reciprocal
-round rsqrt rsub sign sin sqrt sqrt_ square std std_mean sub sub_ sum tan trunc true_divide var var_mean where"""
-_ACTIVATIONS = """alpha_dropout celu celu_ dropout_ elu elu_ erf feature_alpha_dropout feature_dropout feature_dropout_
-gelu gelu_ glu hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_
-log_sigmoid log_softmax logsumexp mish mish_ prelu relu6 relu6_ rrelu selu selu_ sigmoid sigmoid_ silu silu_ softmax
-softplus softshrink tanh tanh_ threshold threshold_"""
+_ARITHMETIC = """abs acos acosh add add_ addcdiv addcmul addcmul_ asin asinh atan atan2 atanh ceil clamp_max
+clamp_max_ clamp_min clamp_min_ cos cosh cosine_similarity cross cumprod cumsum diff div div_ erfc erfinv exp exp2
+exp_ expm1 floor_ fmod frac hypot lerp log log10 log1p log2 logaddexp logcumsumexp maximum mean minimum mul mul_
+nan_to_num nanmean nansum neg neg_ outer pairwise_distance pow pow_ prod reciprocal round rsqrt rsub sgn sign sin
+sinc sinh sqrt sqrt_ square std std_mean sub sub_ sum tan true_divide trunc var var_mean where"""
+_ACTIVATIONS = """alpha_dropout celu celu_ dropout_ elu elu_ erf feature_alpha_dropout feature_dropout
+feature_dropout_ gelu gelu_ glu hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_
+leaky_relu leaky_relu_ log_sigmoid log_softmax logit logsumexp mish mish_ prelu relu6 relu6_ rrelu selu selu_ sigmoid
+sigmoid_ silu silu_ softmax softplus softshrink tanh tanh_ threshold threshold_"""
 _NORMALISATION = "_weight_norm linalg_vector_norm norm rms_norm"
 _POOLING = """adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d"""
-_COMPARISON = """all amax amin any argmax argmin argsort isfinite isinf isnan le logical_and logical_not logical_or lt
-min ne sort topk tril tril_ triu triu_"""
-_CREATION = """bernoulli bernoulli_ empty_like eye fill_ linspace meshgrid new_ones normal_ ones_like rand rand_like
-randn randn_like scalar_tensor tensor uniform_ zero_"""
-_SHAPE = """_pack_padded_sequence _pad_packed_sequence affine_grid_generator alias as_strided broadcast_tensors
-broadcast_to channel_shuffle clone col2im concat diagonal embedding expand_as fill flip hstack im2col index_add
-index_fill index_select item lift_fresh masked_fill_ masked_scatter masked_select moveaxis movedim
-native_channel_shuffle numel one_hot pad pixel_shuffle pixel_unshuffle real reflection_pad1d reflection_pad2d
-reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape_as scatter
-scatter_ scatter_add squeeze_ swapaxes swapdims take_along_dim tensor_split tile transpose_ unflatten unfold
-unsafe_chunk unsafe_split upsample_nearest1d upsample_nearest3d view_as vstack"""
+avg_pool1d avg_pool2d avg_pool3d fractional_max_pool2d max_pool1d max_pool1d_with_indices max_pool2d
+max_pool2d_with_indices max_pool3d"""
+_COMPARISON = """all amax amin aminmax any argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor
+bucketize count_nonzero cummax isclose isfinite isinf isnan kthvalue le logical_and logical_not logical_or
+logical_xor lt median min ne searchsorted sort topk tril tril_ triu triu_"""
+_CREATION = """bernoulli bernoulli_ empty_like eye fill_ linspace meshgrid multinomial new_ones normal_ ones_like
+rand rand_like randn randn_like scalar_tensor tensor tril_indices triu_indices uniform_ zero_"""
+_SHAPE = """_conj _pack_padded_sequence _pad_packed_sequence affine_grid_generator alias as_strided block_diag
+broadcast_tensors broadcast_to channel_shuffle clone col2im column_stack complex concat diagonal dstack embedding
+expand_as fill flip hstack im2col imag index_add index_copy index_fill index_reduce index_select item lift_fresh mH
+mT masked_fill_ masked_scatter masked_select matrix_H moveaxis movedim native_channel_shuffle numel numpy_T one_hot
+pad pixel_shuffle pixel_unshuffle polar put real reflection_pad1d reflection_pad2d reflection_pad3d repeat
+repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape_as resolve_conj rot90 scatter
+scatter_ scatter_add scatter_reduce select_scatter slice_scatter squeeze_ swapaxes swapdims take_along_dim
+tensor_split tile transpose_ unflatten unfold unsafe_chunk unsafe_split upsample_nearest1d upsample_nearest3d view_as
+view_as_complex view_as_real vstack"""
 
 FREE_OPS: frozenset[str] = frozenset(
     f"aten::{name}"
@@ -123,6 +129,7 @@ HANDLERS: Mapping[str, Callable[[Any, Any], int]] = {
     "aten::bmm": _product(0),
     "aten::mv": _product(0),
     "aten::dot": _product(0),
+    "aten::cdist": _product(0),
     "aten::addmv": _product(1),
     "aten::baddbmm": _product(1),
     "aten::einsum": _einsum,

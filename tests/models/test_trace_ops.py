@@ -106,6 +106,7 @@ A = torch.zeros(6, 4, 5)
         (lambda x: torch.baddbmm(torch.zeros(1), x[0], A[:2]), 2 * 3 * 4 * 5),
         (lambda x: torch.mv(x[0, 0], torch.zeros(4)), 3 * 4),
         (lambda x: torch.einsum("nbij,bjk->nbik", x, A[:2]), 2 * 3 * 4 * 5),
+        (lambda x: torch.cdist(x[0], x[0, :, :1]), 2 * 3 * 1 * 4),
         (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 3 * 3 * (4 + 4)),
         (lambda x: F.interpolate(x[0], scale_factor=2, mode="linear"), 2 * prod((2, 3, 8))),
         (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 4 * prod((2, 6, 8))),
@@ -118,6 +119,38 @@ A = torch.zeros(6, 4, 5)
 )
 def test_operators_are_counted_in_a_network(function, macs):
     assert profile_model(Op(function), input_shape=(2, 3, 4)).macs == macs
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.atan2(x.sinh().acos(), x.cosh()) + torch.sinc(x.asin().atan().erfinv().erfc()),
+        lambda x: torch.logaddexp(x.cumprod(1), x.logcumsumexp(1)).nan_to_num().sgn(),
+        lambda x: (
+            F.cosine_similarity(x, x).sum()
+            + F.pairwise_distance(x, x).sum()
+            + torch.outer(x[0, 0, 0], x[0, 0, 1]).sum()
+        ),
+        lambda x: F.fractional_max_pool2d(x, 2, (1, 2)).rot90(1, (1, 2)),
+        lambda x: torch.bucketize(x, torch.arange(3.0)) + torch.searchsorted(torch.arange(3.0), x).median(),
+        lambda x: x.cummax(1)[0].count_nonzero() + x.kthvalue(1)[0].sum() + torch.isclose(x, x).sum(),
+        lambda x: x[0, torch.tril_indices(2, 2)[0]] + x[0, torch.triu_indices(2, 2)[0]],
+        lambda x: (
+            torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2)).conj().resolve_conj()).sum()
+            + torch.polar(x, x).imag
+        ),
+        lambda x: torch.complex(x, x).real.flatten(1).T,
+        lambda x: x.mH.diff().hypot(x.mT.diff()).mT.asinh().acosh().atanh().frac().exp2().log10().logit().nanmean(),
+        lambda x: x[0, 0].H.nansum() + torch.block_diag(x[0, 0], x[0, 1]).sum() + x.aminmax()[0],
+        lambda x: (x > 0).bitwise_and(x < 1).bitwise_or(x < 2).bitwise_xor(x < 3).logical_xor(x > 4).bitwise_not(),
+        lambda x: torch.dstack([x, x]).sum() + torch.column_stack([x, x]).sum() + (x[0, 0] + 1).multinomial(1),
+        lambda x: x.index_copy(1, torch.tensor([0]), x[:, :1]).put(torch.tensor([0]), torch.zeros(1)),
+        lambda x: x.select_scatter(x[:, 0], 1, 0).slice_scatter(x[:, :1], 1, 0, 1),
+        lambda x: x.scatter_reduce(1, torch.zeros_like(x, dtype=torch.int64), x, "sum"),
+    ],
+)
+def test_operators_that_take_a_constant_number_of_operations_an_element_are_free(function):
+    assert profile_model(Op(function), input_shape=(2, 3, 4)).macs == 0
 
 
 class First(nn.Module):
