@@ -240,7 +240,7 @@ class SeKronConv(SeKronLayer):
 
     def _stage(self, stage: Stage, data: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve, geometry = type(self).convolve, stage.geometry
-        if stage.picks and stage.group_in < ONEDNN_BLOCK and weight.requires_grad:
+        if weight.requires_grad and stage.group_in < ONEDNN_BLOCK and stage.picks:
             # with channels last, oneDNN's gradient of float32 kernels writes where it mustn't (its issue 6035)
             steps = (slice(None, None, step) for step in geometry.stride)
             return convolve(data[(slice(None), slice(None), *steps)], weight, bias)

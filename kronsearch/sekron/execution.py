@@ -87,7 +87,7 @@ class Stage:
         still = all(n == 1 for n in (*self.extent, *self.geometry.stride)) and not any(map(sum, self.geometry.padding))
         return still and bool(self.extent)
 
-    @cached_property
+    @property
     def picks(self) -> bool:
         """Whether it is a convolution of one group that uses some positions each by itself, and passes over others."""
         single = all(n == 1 for n in self.extent) and not any(map(sum, self.geometry.padding))
