@@ -13,7 +13,7 @@ import typer
 
 from kronsearch.budget import Budget, budgets, read_span
 from kronsearch.config import OptionError, Settings
-from kronsearch.given import data_of, device_of, input_shape_of, model_of, needed
+from kronsearch.given import data_of, device_of, input_shape_of, model_of, spec_of
 from kronsearch.plan import load_plan
 from kronsearch.report import (
     comparison,
@@ -37,7 +37,7 @@ def run(settings: Settings) -> None:
     if settings.objective == "pareto":
         _run_front(settings)
         return
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
     from kronsearch.progress import ignore
@@ -74,7 +74,7 @@ def run(settings: Settings) -> None:
 
 def _run_front(settings: Settings) -> None:
     """Search for the front of score and cost between two budgets, and show it."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     span = read_span(flops=settings.budget_flops, params=settings.budget_params)
     final = "final_epochs" in settings.model_fields_set and settings.final_epochs > 0
     for name, given, instead in (
@@ -115,7 +115,7 @@ def _run_front(settings: Settings) -> None:
 
 def sweep(settings: Settings) -> None:
     """Allocate many budgets from one set of error tables, and show the front."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     asked: dict[str, Any] = {
         "flops": settings.budget_flops,
         "params": settings.budget_params,
@@ -158,7 +158,7 @@ def _of_subject(settings: Settings, spec: str, device: str) -> dict[str, Any]:
 
 def profile(settings: Settings) -> None:
     """Show what each layer costs, and the smallest reachable cost."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
 
     from kronsearch.models.profile import profile_model
     from kronsearch.search.reach import smallest_cost
@@ -177,7 +177,7 @@ def show(path: Path) -> None:
 
 def apply(path: Path, out: Path, settings: Settings) -> None:
     """Apply a plan to a checkpoint, and write the compressed network."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     plan = load_plan(path)
 
     if out.suffix != ".safetensors":
@@ -204,7 +204,7 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
 
 def finetune(path: Path, settings: Settings) -> None:
     """Fine-tune a compressed network, and compare it with the dense one, its teacher."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     plan = None if path.suffix == ".safetensors" else load_plan(path)
     if settings.data is None:
         raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
@@ -247,7 +247,7 @@ def finetune(path: Path, settings: Settings) -> None:
 
 def evaluate(path: Path | None, settings: Settings) -> None:
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint, on a split of the data."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     plan = None if path is None else load_plan(path)
 
     from kronsearch.models.apply import apply_plan, is_compressed, load_compressed, stored_plan
@@ -273,7 +273,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
 
 def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
     """Time the dense network and a compressed one on this machine."""
-    spec = needed(settings.model, "--model")
+    spec = spec_of(settings)
     file = path if path is not None or settings.weights is None else Path(settings.weights)
     if file is None or (path is None and file.suffix != ".safetensors"):
         raise OptionError("nothing to compare with: pass a plan.json, or the compressed.safetensors of a run")

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from kronsearch.training.data import Data
 
-__all__ = ["data_of", "device_of", "input_shape_of", "model_of", "needed"]
+__all__ = ["data_of", "device_of", "input_shape_of", "model_of", "spec_of"]
 
 
-def needed(value: str | None, option: str) -> str:
+def spec_of(settings: Settings) -> str:
     """Return the model's specification; OptionError where neither the line nor the settings file has it."""
-    if value is None:
+    if settings.model is None:
         raise OptionError(
-            f"no {option} given: pass {option} SPEC (zoo:NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE), "
+            "no --model given: pass --model SPEC (zoo:NAME, torchvision:NAME, timm:NAME or MODULE:CALLABLE), "
             f"or write it into {CONFIG_FILE}"
         )
-    return value
+    return settings.model
 
 
 def device_of(settings: Settings) -> str:

@@ -37,8 +37,8 @@ class _Layer:
         self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         self.inputs = torch.zeros(width, width, device=layer.weight.device)
         # patches are summed up without the first ones' mean: what they vary by may be little beside it
-        self.origin: Tensor | None = None
-        self.mean = torch.zeros(self.groups, width, device=layer.weight.device)
+        self.origin = torch.zeros(self.groups, width, device=layer.weight.device)
+        self.mean = torch.zeros_like(self.origin)
         self.outputs = torch.zeros(len(layer.weight), len(layer.weight), device=layer.weight.device)
         self.patches = 0  # of each group
         self.before_norm = False
@@ -47,7 +47,7 @@ class _Layer:
         if data.numel() == 0:
             return
         for found in self._patches(data.detach().float()):
-            if self.origin is None:
+            if self.patches == 0:
                 self.origin = found.mean((0, 2))
             patches = found - self.origin[:, None]
             rows = patches.flatten(0, -2)
@@ -102,7 +102,7 @@ class _Layer:
     def moments(self, images: int) -> Moments:
         groups = self.groups
         moved = self.mean / self.patches
-        mean = moved if self.origin is None else self.origin + moved
+        mean = self.origin + moved
         inputs = self.inputs / (self.patches * groups) - moved.T @ moved / groups
         has_bias = self.layer.bias is not None
         if not (self.before_norm or has_bias):

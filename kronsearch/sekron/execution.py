@@ -84,14 +84,17 @@ class Stage:
     @cached_property  # asked for at every call of a layer
     def pointwise(self) -> bool:
         """Whether it is a convolution that does the same at every position, and nothing between them."""
-        still = all(n == 1 for n in (*self.extent, *self.geometry.stride)) and not any(map(sum, self.geometry.padding))
-        return still and bool(self.extent)
+        return self._by_positions and all(n == 1 for n in self.geometry.stride) and bool(self.extent)
 
     @property
     def picks(self) -> bool:
         """Whether it is a convolution of one group that uses some positions each by itself, and passes over others."""
-        single = all(n == 1 for n in self.extent) and not any(map(sum, self.geometry.padding))
-        return single and any(n > 1 for n in self.geometry.stride) and self.groups == 1
+        return self._by_positions and any(n > 1 for n in self.geometry.stride) and self.groups == 1
+
+    @property
+    def _by_positions(self) -> bool:
+        """Whether no output is of more than one position, or of padding."""
+        return all(n == 1 for n in self.extent) and not any(map(sum, self.geometry.padding))
 
     @cached_property
     def product(self) -> bool:

@@ -75,7 +75,7 @@ def _run(network: nn.Module, inputs: Tensor, precision: Precision, named: nn.Mod
 
 
 def shield_gradients(model: nn.Module, precision: Precision, device: torch.device) -> list[RemovableHandle]:
-    """Hand contiguous images to those convolutions that `forward`'s layout would give wrong gradients, and return how.
+    """Hand contiguous images to those convolutions that `forward`'s layout would give wrong gradients; by these hooks.
 
     Those of a float32 kernel of one pixel, strided, of fewer in channels than oneDNN takes at once: of large images
     with channels last its gradient writes where it mustn't (oneDNN's issue 6035). Factorised layers do without it.
