@@ -204,6 +204,7 @@ def apply(
     data: DataSpec = None,
     device: Device = None,
     seed: Seed = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Apply a plan to a checkpoint of the same network."""
@@ -253,6 +254,7 @@ def evaluate(
     split: Annotated[Words, typer.Option("--split", metavar="test|val", help="Split [default: test]")] = None,
     val_fraction: ValFraction = None,
     device: Device = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint."""
@@ -277,6 +279,7 @@ def bench(
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the timings there, too")] = None,
     device: Device = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Time the dense network against a compressed one on this machine, whole and by replaced layer."""

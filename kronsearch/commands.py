@@ -5,9 +5,10 @@ What is slow to import is imported by the command that needs it, after what can 
 
 import logging
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -29,6 +30,9 @@ from kronsearch.report import (
 )
 from kronsearch.watching import SearchView
 
+if TYPE_CHECKING:
+    from kronsearch.progress import Watcher
+
 __all__ = ["apply", "bench", "evaluate", "finetune", "profile", "run", "show", "sweep"]
 
 
@@ -40,7 +44,6 @@ def run(settings: Settings) -> None:
     spec = spec_of(settings)
     budget = Budget(flops=settings.budget_flops, params=settings.budget_params, latency=settings.budget_latency)
 
-    from kronsearch.progress import ignore
     from kronsearch.search.run import search
 
     if not settings.debug:
@@ -48,9 +51,7 @@ def run(settings: Settings) -> None:
     device = device_of(settings)
     model = model_of(settings, spec)
     data = data_of(settings, None)
-    console = console_for(sys.stderr)
-    view = SearchView(console, budget, timeout=settings.timeout)
-    with nullcontext() if settings.quiet else view:
+    with _watching(settings.quiet, budget, timeout=settings.timeout) as watch:
         result = search(
             model,
             data,
@@ -60,7 +61,7 @@ def run(settings: Settings) -> None:
             final_epochs=settings.final_epochs,
             **_of_study(settings),
             **_of_subject(settings, spec, device),
-            watch=ignore if settings.quiet else view,
+            watch=watch,
         )
     metric = None if data is None else data.task.metric_name
     console = console_for()
@@ -86,7 +87,6 @@ def _run_front(settings: Settings) -> None:
         if given:
             raise OptionError(f"{name} does not go with --objective pareto: leave it out{instead}")
 
-    from kronsearch.progress import ignore
     from kronsearch.search.frontier import search_front
 
     if not settings.debug:
@@ -96,8 +96,7 @@ def _run_front(settings: Settings) -> None:
     data = data_of(settings, None)
     if data is None:
         raise OptionError("no --data given to score plans on: pass it, or take `kronsearch sweep`, which needs none")
-    view = SearchView(console_for(sys.stderr), None, timeout=settings.timeout)
-    with nullcontext() if settings.quiet else view:
+    with _watching(settings.quiet, timeout=settings.timeout) as watch:
         found = search_front(
             model,
             data,
@@ -105,7 +104,7 @@ def _run_front(settings: Settings) -> None:
             params=settings.budget_params,
             **_of_study(settings),
             **_of_subject(settings, spec, device),
-            watch=ignore if settings.quiet else view,
+            watch=watch,
         )
     console = console_for()
     console.print(scored_front(found, str(span), data.task.metric_name))
@@ -123,25 +122,33 @@ def sweep(settings: Settings) -> None:
     }
     budgets(**asked)  # what can't be read needs no torch to be told
 
-    from kronsearch.progress import ignore
     from kronsearch.search.sweep import sweep
 
     device = device_of(settings)
     model = model_of(settings, spec)
     data = data_of(settings, None)
-    view = SearchView(console_for(sys.stderr), None)
-    with nullcontext() if settings.quiet else view:
+    with _watching(settings.quiet) as watch:
         found = sweep(
             model,
             data,
             **asked,
             input_shape=input_shape_of(settings, spec, model, data),
             **_of_subject(settings, spec, device),
-            watch=ignore if settings.quiet else view,
+            watch=watch,
         )
     console = console_for()
     console.print(front(found))
     console.print(f"written to {found.out}: front.csv, plans/", soft_wrap=True)
+
+
+@contextmanager
+def _watching(quiet: bool, budget: Budget | None = None, *, timeout: float | None = None) -> Iterator["Watcher"]:
+    """Yield what shows each step on stderr, or nothing."""
+    from kronsearch.progress import ignore
+
+    view = SearchView(console_for(sys.stderr), budget, timeout=timeout)
+    with nullcontext(ignore) if quiet else view as watch:
+        yield watch
 
 
 def _of_study(settings: Settings) -> dict[str, Any]:
@@ -187,7 +194,9 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
 
     device = device_of(settings)
     model = model_of(settings, spec)
-    small = apply_plan(model, plan, data_of(settings, plan), device=device)
+    data = data_of(settings, plan)
+    with _watching(settings.quiet) as watch:
+        small = apply_plan(model, plan, data, device=device, watch=watch)
     plan = measured(plan, model.to(device), small)
     budget = plan.budget
     for cost, most, name in (
@@ -211,17 +220,14 @@ def finetune(path: Path, settings: Settings) -> None:
 
     from kronsearch.finetuning.run import finetune
     from kronsearch.models.apply import stored_plan
-    from kronsearch.progress import ignore
     from kronsearch.training.team import joined
 
     leads = joined().leads
-    quiet = settings.quiet or not leads
     device = device_of(settings)
     model = model_of(settings, spec, warn=leads)
     data = data_of(settings, stored_plan(path) if plan is None else plan, val_fraction=settings.val_fraction)
     assert data is not None
-    view = SearchView(console_for(sys.stderr), None)
-    with nullcontext() if quiet else view:
+    with _watching(settings.quiet or not leads) as watch:
         result = finetune(
             model,
             path,
@@ -234,7 +240,7 @@ def finetune(path: Path, settings: Settings) -> None:
             out=settings.out if "out" in settings.model_fields_set else "kronsearch-finetuned",
             device=device,
             seed=settings.seed,
-            watch=ignore if quiet else view,
+            watch=watch,
         )
     if leads:
         console = console_for()
@@ -266,7 +272,8 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     else:
         model = model_of(settings, spec)
         if plan is not None:
-            model = apply_plan(model, plan, data, device=device)
+            with _watching(settings.quiet) as watch:
+                model = apply_plan(model, plan, data, device=device, watch=watch)
     result = evaluate(model.to(device), data, settings.split, device=device)
     console_for().print(evaluation(result, metric=data.task.metric_name, split=settings.split))
 
@@ -289,7 +296,8 @@ def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
         plan = stored_plan(file)
         small = load_compressed(model, file, plan)
     else:
-        small = apply_plan(model, plan, device=device)
+        with _watching(settings.quiet) as watch:
+            small = apply_plan(model, plan, device=device, watch=watch)
     timings = bench(
         model,
         small,

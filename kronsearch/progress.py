@@ -51,7 +51,7 @@ Watcher = Callable[[Progress], None]
 
 
 class PhaseClock:
-    """Passes each step on, and adds up the seconds of each phase: from its steps to the steps that follow.
+    """Passes each step on, and adds up the seconds of each phase: from its steps to those that follow, or to now.
 
     Args:
         watch: whom the steps are passed on to.
@@ -61,16 +61,25 @@ class PhaseClock:
     def __init__(self, watch: Watcher, clock: Callable[[], float] = time.monotonic) -> None:
         self._watch, self._clock = watch, clock
         self._last: tuple[Phase, float] | None = None
-        self.seconds: dict[Phase, float] = {}
+        self._ended: dict[Phase, float] = {}
 
     def __call__(self, progress: Progress) -> None:
         """Note the time of a step."""
         now = self._clock()
-        if self._last is not None:
-            phase, since = self._last
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        self._ended = self._until(now)
         self._last = (progress.phase, now)
         self._watch(progress)
+
+    @property
+    def seconds(self) -> dict[Phase, float]:
+        """Seconds of each phase so far."""
+        return self._until(self._clock())
+
+    def _until(self, now: float) -> dict[Phase, float]:
+        if self._last is None:
+            return {}
+        phase, since = self._last
+        return self._ended | {phase: self._ended.get(phase, 0.0) + now - since}
 
 
 def ignore(progress: Progress) -> None:

@@ -49,6 +49,7 @@ _NAMES = {
 _PARTS: "dict[Phase, str]" = {  # others prepare
     "trials": "trials",
     "finalists": "finalists",
+    "apply": "decomposition",
     "final": "final fine-tune",
     "test": "test",
 }
@@ -109,7 +110,7 @@ def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:
     """Return one line: how long each part of a search took, and how much of all was fine-tuning."""
     preparation = sum(took for phase, took in seconds.items() if phase not in _PARTS)
     parts = {"preparation": preparation} | {name: seconds.get(phase, 0.0) for phase, name in _PARTS.items()}
-    told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if took)
+    told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if took >= 0.5)
     return f"time: {told}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
 
 

@@ -18,6 +18,7 @@ from kronsearch.config import Settings
 from kronsearch.errors import BudgetError
 from kronsearch.models.bench import Timing
 from kronsearch.plan import save_plan
+from kronsearch.progress import Progress
 from kronsearch.search.summary import Summary
 from kronsearch.training.evaluate import Evaluation
 
@@ -248,7 +249,7 @@ def timed(calls, plan, monkeypatch):
         return [Timing("", 1, 1, 3.0, 2.0, 1.5, 1.25, 1.75, 9, "contiguous", "channels_last")]
 
     monkeypatch.setattr("kronsearch.models.bench.bench", bench)
-    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda model, plan, *, device: "applied")
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda model, plan, **options: "applied")
     monkeypatch.setattr("kronsearch.models.apply.stored_plan", lambda file: plan)
     monkeypatch.setattr("kronsearch.models.apply.load_compressed", lambda model, file, plan: f"loaded from {file}")
     return calls
@@ -259,7 +260,7 @@ def test_options_reach_the_timing(timed, plan):
     Path("kronsearch.yaml").write_text("threads: 1\nbatch: [1, 8]\n")
     result = invoke(
         *("bench", "plan.json", "--model", "m:f", "--weights", "w.pt", "--model-args", '{"a": 1}', "--batch", "2, 4"),
-        *("--seconds", "0.5", "--csv", "t.csv", "--device", "cpu"),
+        *("--seconds", "0.5", "--csv", "t.csv", "--device", "cpu", "--quiet"),
     )
     assert timed.load_model == ("m:f", "w.pt", {"a": 1})
     [(networks, options)] = timed.timed
@@ -519,11 +520,35 @@ def test_apply_splits_the_data_by_the_plans_seed_unless_another_is_given(calls, 
     monkeypatch.setattr("kronsearch.models.apply.apply_plan", lambda *args, **options: made.append((args, options)))
     monkeypatch.setattr("kronsearch.models.apply.save_compressed", lambda *args: made.append(args))
     result = invoke(
-        *("apply", "plan.json", "--model", "zoo:digits", "--data", "digits", "--out", "small.safetensors"), *given
+        *("apply", "plan.json", "--model", "zoo:digits", "--data", "digits", "--out", "small.safetensors", "--quiet"),
+        *given,
     )
     assert calls.load_data == ("digits", seed)
+    assert made[0][1].pop("watch").__name__ == "ignore"
     assert made == [((calls.model, plan, calls.data), {"device": "cpu"}), (None, plan, Path("small.safetensors"))]
     assert "written to small.safetensors" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("apply", "plan.json", "--model", "zoo:digits", "--out", "small.safetensors"),
+        ("evaluate", "plan.json", "--model", "zoo:digits", "--data", "digits"),
+        ("bench", "plan.json", "--model", "zoo:digits"),
+    ],
+)
+def test_a_plan_being_applied_is_seen_on_stderr_unless_quiet(calls, plan, monkeypatch, line):
+    def apply_plan(*args, watch, **options):
+        watch(Progress(phase="apply", done=0, total=2, message="conv1"))
+        return nn.Identity()
+
+    save_plan(plan, "plan.json")
+    monkeypatch.setattr("kronsearch.models.apply.apply_plan", apply_plan)
+    monkeypatch.setattr("kronsearch.models.apply.save_compressed", lambda *args: None)
+    monkeypatch.setattr("kronsearch.training.evaluate.evaluate", lambda *args, **options: Evaluation(0.5, 1.0, None, 1))
+    monkeypatch.setattr("kronsearch.models.bench.bench", lambda *args, **options: [])
+    assert "applying the plan 0/2: conv1\n" in invoke(*line).stderr
+    assert "applying" not in invoke(*line, "--quiet").stderr
 
 
 def test_evaluate_has_no_seed_and_takes_none_from_the_file(calls, plan, monkeypatch):

@@ -103,12 +103,10 @@ def finetune(
     def tell(phase: Phase, done: int, total: int, message: str = "", best: float | None = None) -> None:
         watch(Progress(phase=phase, done=done, total=total, message=message, best=best))
 
-    begin = _start(dense, Path(start) if isinstance(start, str) else start, data, own_device)
+    begin = _start(dense, Path(start) if isinstance(start, str) else start, data, own_device, watch)
     out = Path(out)
     course = Course(dense, begin, data, settings, out=out, device=own_device, seed=seed, team=team)
     found = team.from_leader(_found(course, out) if team.leads else None)
-    if found is None:
-        tell("apply", 0, 1)
     ended = course.run(found, None, lambda *told: tell("finetune", *told))
     first, second = tested(dense, ended.network, data, own_device, lambda done: tell("test", done, 2))
     log = pd.DataFrame([row.model_dump() for row in ended.record.log], columns=list(Row.model_fields))
@@ -129,11 +127,11 @@ def _holds_weights(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def _start(dense: nn.Module, given: Plan | Path, data: Data, device: torch.device) -> Start:
+def _start(dense: nn.Module, given: Plan | Path, data: Data, device: torch.device, watch: Watcher) -> Start:
     """Return what a fine-tune of a plan or a file begins with."""
     if isinstance(given, Path) and _holds_weights(given):
         plan = stored_plan(given)
         content = fingerprint_weights(load_compressed(dense, given, plan))
         return Start(plan, content, lambda: load_compressed(dense, given, plan))
     plan = given if isinstance(given, Plan) else load_plan(given)
-    return Start(plan, APPLIED, lambda: apply_plan(dense, plan, data, device=device))
+    return Start(plan, APPLIED, lambda: apply_plan(dense, plan, data, device=device, watch=watch))

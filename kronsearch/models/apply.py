@@ -12,6 +12,7 @@ from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_sa
 from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
 from kronsearch.plan import Cost, Plan, parse_plan
+from kronsearch.progress import Progress, Watcher, ignore
 from kronsearch.sekron.convolution import conv_like
 from kronsearch.sekron.layers import Conv, SeKronLayer, SeKronLinear
 from kronsearch.sekron.metrics import Metric
@@ -44,7 +45,12 @@ def stream(seed: int, purpose: int) -> torch.Generator:
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, data: Data | None = None, *, device: torch.device | str = "cpu"
+    model: nn.Module,
+    plan: Plan,
+    data: Data | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    watch: Watcher = ignore,
 ) -> nn.Module:
     """Return a copy of a network with the layers of a plan replaced; the network itself is left untouched.
 
@@ -54,6 +60,7 @@ def apply_plan(
         data: with data the decomposition is data-aware where the plan says so, and the statistics of batch norms are
             re-estimated; without, it rests on the weights alone.
         device: to calibrate on; the returned network is there.
+        watch: is told of each layer.
 
     Raises:
         PlanError: the plan was made for another network.
@@ -63,14 +70,18 @@ def apply_plan(
     settings = plan.decomposition
     metrics: dict[str, Metric] = {}
     if data is not None and settings.calibration_images > 0:
+        watch(Progress(phase="calibrate", done=0, total=1))
         metrics = calibrate(
             dense, data, list(plan.replaced), images=settings.calibration_images, seed=settings.seed, device=device
         )
-    layers = {
-        name: factorise(dense.get_submodule(name), spec, metrics.get(name)) for name, spec in plan.replaced.items()
-    }
+    layers: dict[str, nn.Module] = {}
+    count = len(plan.replaced)
+    for name, spec in plan.replaced.items():
+        watch(Progress(phase="apply", done=len(layers), total=count, message=name))
+        layers[name] = factorise(dense.get_submodule(name), spec, metrics.get(name))
     small = replace_layers(dense, layers)
     if data is not None and settings.batchnorm_images > 0:
+        watch(Progress(phase="apply", done=count, total=count, message="batch norms"))
         settle(small, data, images=settings.batchnorm_images, seed=settings.seed, device=device)
     return small
 

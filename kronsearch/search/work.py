@@ -309,7 +309,11 @@ class Work:
         scorer = self.scorer()
 
         def build() -> nn.Module:
-            small = apply_plan(self.dense, plan, device=self.device) if scorer is None else scorer.build(plan.replaced)
+            if scorer is None:
+                small = apply_plan(self.dense, plan, device=self.device, watch=self.subject.watch)
+            else:
+                self.subject.tell("apply", 0, 1)
+                small = scorer.build(plan.replaced)
             check_cost(small, plan)
             return small
 

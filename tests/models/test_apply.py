@@ -19,6 +19,8 @@ from kronsearch.plan import (
     fingerprint,
 )
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec, cp_sequence
+from kronsearch.training.data import TensorData
+from kronsearch.training.task import Classification
 
 
 class Net(nn.Module):
@@ -73,6 +75,24 @@ def test_the_network_is_left_untouched_and_the_layers_are_replaced():
     assert type(model.conv) is nn.Conv2d
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert small.norm.weight is not model.norm.weight
+
+
+def test_who_watches_is_told_of_each_layer():
+    told = []
+    apply_plan(make(), plan_for(SPECS, SHAPES), watch=told.append)
+    assert [(p.phase, p.done, p.total, p.message) for p in told] == [("apply", 0, 2, "conv"), ("apply", 1, 2, "head")]
+    told.clear()
+    split = (torch.arange(20 * 3 * 6 * 6).reshape(20, 3, 6, 6).remainder(251).to(torch.uint8), torch.arange(20) % 5)
+    splits = {"train": split, "val": split, "test": split}
+    of_three = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    data = TensorData(splits, spec="tiny", seed=0, task=Classification(5), **of_three, pad=0, flip=False)
+    apply_plan(make(), plan_for(SPECS, SHAPES, calibration_images=8, batchnorm_images=8), data, watch=told.append)
+    assert [(p.phase, p.done, p.message) for p in told] == [
+        ("calibrate", 0, ""),
+        ("apply", 0, "conv"),
+        ("apply", 1, "head"),
+        ("apply", 2, "batch norms"),
+    ]
 
 
 def test_an_all_dense_plan_gives_bit_equal_outputs():
