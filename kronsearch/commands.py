@@ -14,7 +14,7 @@ import typer
 
 from kronsearch.budget import Budget, budgets, read_span
 from kronsearch.config import OptionError, Settings
-from kronsearch.given import data_of, device_of, input_shape_of, model_of, spec_of
+from kronsearch.given import check_data, data_of, device_of, input_shape_of, model_of, spec_of
 from kronsearch.plan import load_plan
 from kronsearch.report import (
     comparison,
@@ -215,8 +215,7 @@ def finetune(path: Path, settings: Settings) -> None:
     """Fine-tune a compressed network, and compare it with the dense one, its teacher."""
     spec = spec_of(settings)
     plan = None if path.suffix == ".safetensors" else load_plan(path)
-    if settings.data is None:
-        raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
+    check_data(settings)
 
     from kronsearch.finetuning.run import finetune
     from kronsearch.models.apply import stored_plan
@@ -255,6 +254,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint, on a split of the data."""
     spec = spec_of(settings)
     plan = None if path is None else load_plan(path)
+    check_data(settings)
 
     from kronsearch.models.apply import apply_plan, is_compressed, load_compressed, stored_plan
     from kronsearch.models.loading import load_model
@@ -265,8 +265,7 @@ def evaluate(path: Path | None, settings: Settings) -> None:
     if weights is not None and compressed and plan is None:
         plan = stored_plan(weights)
     data = data_of(settings, plan, reseeded=False, val_fraction=settings.val_fraction)
-    if data is None:
-        raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
+    assert data is not None
     if weights is not None and compressed:
         model = load_compressed(load_model(spec, args=settings.model_args), weights, plan)
     else:

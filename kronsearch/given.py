@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kronsearch.training.data import Data
 
-__all__ = ["data_of", "device_of", "input_shape_of", "model_of", "spec_of"]
+__all__ = ["check_data", "data_of", "device_of", "input_shape_of", "model_of", "spec_of"]
 
 
 def spec_of(settings: Settings) -> str:
@@ -45,6 +45,12 @@ def model_of(settings: Settings, spec: str, *, warn: bool = True) -> "nn.Module"
     if warn and settings.weights is None and spec != "zoo:digits":
         typer.echo(f"warning: no --weights: those of {spec} are random, unless its code loads some", err=True)
     return model
+
+
+def check_data(settings: Settings) -> None:
+    """Raise OptionError where no data are given to a command that can't do without."""
+    if settings.data is None:
+        raise OptionError("no --data given: pass --data SPEC, such as digits or imagefolder:DIR")
 
 
 def data_of(
