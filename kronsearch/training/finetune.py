@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +16,7 @@ from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import Watched, feature_distance
 from kronsearch.training.data import Data
 from kronsearch.training.distillation import Labels, training_loss
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.optimizer import FactorAdamW
 from kronsearch.training.precision import KERNELS, compiling, forward_watched, precision_for, shield_gradients
 from kronsearch.training.randomness import own_randomness
@@ -41,7 +43,8 @@ class Trainer:
     """A training of a network in place that goes on step by step, and can be stopped and gone on with exactly.
 
     Model and teacher must be on `device`. All randomness, that of dropout too, comes from `generator` (a CPU generator
-    that nothing else draws from): the global generators are left as they were. At the end `close` it.
+    that nothing else draws from): the global generators are left as they were. At the end `close` it; until then the C
+    library keeps freed memory, see `freed_memory_kept`.
 
     Args:
         model: to train, with its trainable parameters.
@@ -95,6 +98,8 @@ class Trainer:
         # both made with the first batch
         self._teacher: Teacher | None = None
         self._runs: dict[str, Run] | None = None
+        self._memory = ExitStack()
+        self._memory.enter_context(freed_memory_kept(self._device))
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +114,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
+        self._memory.close()
         self._batches.close()
         self._watched.close()
         for shield in self._shields:
