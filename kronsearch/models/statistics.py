@@ -16,6 +16,7 @@ from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
 from kronsearch.training.blocks import input_of
 from kronsearch.training.data import Data, train_inputs
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import eval_mode, forward
 
 __all__ = ["gather_moments"]
@@ -174,6 +175,7 @@ def gather_moments(
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 stack.callback(module.register_forward_pre_hook(on_norm, with_kwargs=True).remove)
+        stack.enter_context(freed_memory_kept(device))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         for batch in train_inputs(data, min(_BATCH, images), images, generator=generator, device=device):

@@ -22,6 +22,7 @@ from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import train_inputs
 from kronsearch.training.distillation import softened_divergence
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import forward, precision_for, shield_gradients
 from kronsearch.training.schedule import TEMPERATURE
 
@@ -119,7 +120,7 @@ def contributions(
     ]
     gradients = [torch.zeros_like(ours) for _, ours, _ in changed]
     seen = 0
-    with batch_statistics(network), batch_statistics(dense):
+    with freed_memory_kept(device), batch_statistics(network), batch_statistics(dense):
         for batch in train_inputs(scorer.data, _BATCH, images, generator=generator, device=device):
             with torch.no_grad():
                 wanted = forward(dense, batch, precision)

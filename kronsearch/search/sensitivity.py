@@ -20,6 +20,7 @@ from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
 from kronsearch.training.batchnorm import batch_statistics
 from kronsearch.training.data import Data, train_inputs
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["Damage", "estimated"]
@@ -153,7 +154,8 @@ class Damage:
     def _outputs(self, network: nn.Module) -> list[Tensor]:
         """Return the outputs for each batch, with the batch's own statistics in batch norms; it changes the network."""
         precision = precision_for(self._device)
-        with torch.no_grad(), batch_statistics(network), kernels_formed(network, KERNELS[precision]):
+        formed = kernels_formed(network, KERNELS[precision])
+        with freed_memory_kept(self._device), torch.no_grad(), batch_statistics(network), formed:
             return [forward(network, inputs, precision) for inputs in self._inputs]
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.training.data import Data, train_inputs
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 
 __all__ = ["batch_statistics", "reestimate_batchnorm"]
@@ -35,7 +36,7 @@ def reestimate_batchnorm(
         return
     precision = precision_for(device)
     momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), eval_mode(model), kernels_formed(model, KERNELS[precision]):
+    with freed_memory_kept(device), torch.no_grad(), eval_mode(model), kernels_formed(model, KERNELS[precision]):
         try:
             for norm in norms:
                 norm.reset_running_stats()

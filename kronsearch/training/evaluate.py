@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kronsearch.training.data import Data, Split
 from kronsearch.training.distillation import softened_divergence
+from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import Precision, eval_mode, forward
 
 __all__ = ["Evaluation", "evaluate", "outputs", "within_error"]
@@ -64,7 +65,7 @@ def evaluate(
     metrics: list[tuple[float, int]] = []
     n = 0
     # Not inference mode: what a model caches in it could never again take part in a backward pass.
-    with torch.no_grad(), eval_mode(model):
+    with freed_memory_kept(device), torch.no_grad(), eval_mode(model):
         for inputs, targets in data.batches(split, batch_size, limit=limit, device=device):
             result = forward(model, inputs, precision)
             count = len(inputs)
@@ -94,7 +95,7 @@ def outputs(
 
     The model must be on `device`; its modules are put back in the modes they were in.
     """
-    with torch.no_grad(), eval_mode(model):
+    with freed_memory_kept(device), torch.no_grad(), eval_mode(model):
         parts = [
             forward(model, inputs, precision).cpu()
             for inputs, _ in data.batches(split, batch_size, limit=limit, device=device)

@@ -43,8 +43,8 @@ class Trainer:
     """A training of a network in place that goes on step by step, and can be stopped and gone on with exactly.
 
     Model and teacher must be on `device`. All randomness, that of dropout too, comes from `generator` (a CPU generator
-    that nothing else draws from): the global generators are left as they were. At the end `close` it; until then the C
-    library keeps freed memory, see `freed_memory_kept`.
+    that nothing else draws from): the global generators are left as they were. At the end `close` it: until then freed
+    memory is kept.
 
     Args:
         model: to train, with its trainable parameters.

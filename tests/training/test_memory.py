@@ -59,6 +59,18 @@ def test_it_is_put_back_though_a_step_fails(monkeypatch):
     assert library.set == [(-3, 2**25), (-1, -1), (-1, 2**26)]
 
 
+def test_it_is_put_back_by_the_last_who_wants_it(monkeypatch):
+    library, first, second = Library(), freed_memory_kept(CPU), freed_memory_kept("cpu")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert library.set == [(-3, 2**25), (-1, -1)]
+    second.__exit__(None, None, None)
+    assert library.set == [(-3, 2**25), (-1, -1), (-1, 2**26)]
+
+
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_what_the_environment_says_holds(monkeypatch, name):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("it is asked for"))
