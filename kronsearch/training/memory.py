@@ -26,11 +26,10 @@ def freed_memory_kept(device: torch.device | str) -> Iterator[None]:
     """Let the C library keep what is freed meanwhile, on the CPU and where it is glibc; else this does nothing.
 
     A batch frees what the one before had freed, too: all activations. What lies free at the end of the heap glibc gives
-    back to the system, which hands out every page of the next buffer by itself, filled with zeros: some 25,000 of them
-    a training step of ResNet-32 in batches of 128, a quarter of the time of an evaluation. With this it is a few
-    hundred. Afterwards glibc does what it comes to by itself in a process that has freed large buffers, so that timings
-    are what others will see. Where the environment says what it shall do (MALLOC_TRIM_THRESHOLD_ and the like), that
-    holds.
+    back to the system, which hands out every page of the next buffer by itself, filled with zeros: of an evaluation of
+    ResNet-20 180 pages an image, a fifth of its time. Afterwards glibc does what it comes to by itself in a process
+    that has freed large buffers, so that timings are what others will see. Where the environment says what it shall do
+    (MALLOC_TRIM_THRESHOLD_ and the like), that holds.
     """
     global _held
     libc = _glibc() if torch.device(device).type == "cpu" else None
