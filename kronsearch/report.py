@@ -110,8 +110,10 @@ def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:
     """Return one line: how long each part of a search took, and how much of all was fine-tuning."""
     preparation = sum(took for phase, took in seconds.items() if phase not in _PARTS)
     parts = {"preparation": preparation} | {name: seconds.get(phase, 0.0) for phase, name in _PARTS.items()}
-    told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if took >= 0.5)
-    return f"time: {told}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
+    told = ", ".join(f"{name} {duration(took)}" for name, took in parts.items() if round(took))
+    return (
+        f"time: {told or duration(sum(parts.values()))}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
+    )
 
 
 def duration(seconds: float) -> str:

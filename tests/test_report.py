@@ -207,6 +207,7 @@ def test_times_are_told_by_part():
         "time: preparation 6s, trials 59m00s, finalists 1m00s, final fine-tune 1m33s, test 1s; 90% of it fine-tuning"
     )
     assert times({"profile": 1.0, "trials": 0.4}, 0.0) == "time: preparation 1s; 0% of it fine-tuning"
+    assert times({"profile": 0.5, "trials": 0.5}, 0.25) == "time: 1s; 25% of it fine-tuning"
     assert times({"trials": 2.0, "apply": 70.0}, 0.0) == "time: trials 2s, decomposition 1m10s; 0% of it fine-tuning"
     assert times({"latency": 8.0, "tables": 1.0, "trials": 1.0}, 0.0).startswith("time: preparation 9s, trials 1s;")
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, sqrt
@@ -24,6 +25,7 @@ from kronsearch.plan import Latency
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.curves import Group, Ratio, deal, digest, groups_of
 from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.memory import freed_memory_kept
 
 __all__ = ["Setting", "Stopwatch"]
 
@@ -190,7 +192,7 @@ class Stopwatch:
         key = self._machine | {"network": self._identity, "layers": self._names}
         kept = self._shelf.get("dense-latency", key)
         if kept is None or {name: len(t) for name, t in kept.items()} != {"times": 1 + len(self._names), "layout": 1}:
-            with threads_set(self.setting.threads), torch.inference_mode(), as_model_error(self._shape):
+            with self._conditions(), torch.inference_mode():
                 layout = self._copies.faster_layout(self._inputs("contiguous"), _COMPARING / 4, clock=self._clock)
             (found,) = self._time([{}], layout, _SURVEY)
             found[""] -= sum(found[name] for name in self._names)  # what is before the first layer
@@ -210,8 +212,14 @@ class Stopwatch:
     def _inputs(self, layout: Layout) -> Tensor:
         return self._copies.lay_out(layout, random_inputs(*self._shape, device=self._device))
 
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """What timings are taken under, those of `bench` too."""
+        with freed_memory_kept(self._device), threads_set(self.setting.threads), as_model_error(self._shape):
+            yield
+
     def _time(self, lineups: Sequence[Lineup], layout: Layout, rounds: int) -> list[dict[str, NDArray[np.float64]]]:
-        with threads_set(self.setting.threads), as_model_error(self._shape):
+        with self._conditions():
             return self._timer(
                 self._copies.copies[layout],
                 lineups,

@@ -28,8 +28,8 @@ def freed_memory_kept(device: torch.device | str) -> Iterator[None]:
     A batch frees what the one before had freed, too: all activations. What lies free at the end of the heap glibc gives
     back to the system, which hands out every page of the next buffer by itself, filled with zeros: of an evaluation of
     ResNet-20 180 pages an image, a fifth of its time. Afterwards glibc does what it comes to by itself in a process
-    that has freed large buffers, so that timings are what others will see. Where the environment says what it shall do
-    (MALLOC_TRIM_THRESHOLD_ and the like), that holds.
+    that has freed large buffers, which is not what it does in a new one: timings are taken with this, too. Where the
+    environment says what glibc shall do (MALLOC_TRIM_THRESHOLD_ and the like), that holds.
     """
     global _held
     libc = _glibc() if torch.device(device).type == "cpu" else None
