@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from kronsearch.errors import ModelError
 from kronsearch.files import replacing
 from kronsearch.models.memory import peak_memory
-from kronsearch.models.timing import Clock, Layout, Network, Run, as_model_error, paired, random_inputs, threads_set
+from kronsearch.models.timing import (
+    Clock,
+    Layout,
+    Network,
+    Run,
+    as_model_error,
+    paired,
+    random_inputs,
+    timing_conditions,
+)
 from kronsearch.sekron.layers import SeKronLayer
-from kronsearch.training.memory import freed_memory_kept
 
 __all__ = ["Timing", "bench", "save_timings"]
 
@@ -99,7 +107,7 @@ def bench(
     now = torch.get_num_threads()
     found = []
     for count in (now,) if threads is None else threads:
-        with freed_memory_kept(device), threads_set(count), torch.inference_mode():
+        with timing_conditions(count, device), torch.inference_mode():
             for batch in batches:
                 with as_model_error((batch, *input_shape)):
                     inputs = random_inputs(batch, *input_shape, device=device)

@@ -1,4 +1,4 @@
-"""What timing is made of: runs that take turns, memory layouts, and the number of threads."""
+"""What timing is made of: runs that take turns, memory layouts, and the conditions that all of them have."""
 
 import copy
 import os
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, first_line
 from kronsearch.models.apply import stream
+from kronsearch.training.memory import freed_memory_kept
 
 __all__ = [
     "LAYOUTS",
@@ -28,7 +29,7 @@ __all__ = [
     "paired",
     "random_inputs",
     "seconds_of",
-    "threads_set",
+    "timing_conditions",
     "wait_for",
 ]
 
@@ -120,12 +121,13 @@ def random_inputs(*shape: int, device: torch.device | str) -> Tensor:
 
 
 @contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads, and undo that."""
+def timing_conditions(threads: int, device: torch.device | str) -> Iterator[None]:
+    """Let torch compute with so many threads, and freed memory be kept, whatever ran before; and undo that."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
-        yield
+        with freed_memory_kept(device):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, sqrt
@@ -20,12 +19,19 @@ from kronsearch.models.bench import Timing, bench
 from kronsearch.models.latency import Lineup, random_network, time_lineups
 from kronsearch.models.profile import ModelCost
 from kronsearch.models.shelf import Shelf, versions
-from kronsearch.models.timing import LAYOUTS, Layout, Network, as_model_error, device_name, random_inputs, threads_set
+from kronsearch.models.timing import (
+    LAYOUTS,
+    Layout,
+    Network,
+    as_model_error,
+    device_name,
+    random_inputs,
+    timing_conditions,
+)
 from kronsearch.plan import Latency
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.curves import Group, Ratio, deal, digest, groups_of
 from kronsearch.sekron.spec import SeKronSpec
-from kronsearch.training.memory import freed_memory_kept
 
 __all__ = ["Setting", "Stopwatch"]
 
@@ -192,7 +198,8 @@ class Stopwatch:
         key = self._machine | {"network": self._identity, "layers": self._names}
         kept = self._shelf.get("dense-latency", key)
         if kept is None or {name: len(t) for name, t in kept.items()} != {"times": 1 + len(self._names), "layout": 1}:
-            with self._conditions(), torch.inference_mode():
+            conditions = timing_conditions(self.setting.threads, self._device)
+            with conditions, torch.inference_mode(), as_model_error(self._shape):
                 layout = self._copies.faster_layout(self._inputs("contiguous"), _COMPARING / 4, clock=self._clock)
             (found,) = self._time([{}], layout, _SURVEY)
             found[""] -= sum(found[name] for name in self._names)  # what is before the first layer
@@ -212,14 +219,8 @@ class Stopwatch:
     def _inputs(self, layout: Layout) -> Tensor:
         return self._copies.lay_out(layout, random_inputs(*self._shape, device=self._device))
 
-    @contextmanager
-    def _conditions(self) -> Iterator[None]:
-        """What timings are taken under, those of `bench` too."""
-        with freed_memory_kept(self._device), threads_set(self.setting.threads), as_model_error(self._shape):
-            yield
-
     def _time(self, lineups: Sequence[Lineup], layout: Layout, rounds: int) -> list[dict[str, NDArray[np.float64]]]:
-        with self._conditions():
+        with timing_conditions(self.setting.threads, self._device), as_model_error(self._shape):
             return self._timer(
                 self._copies.copies[layout],
                 lineups,
