@@ -33,8 +33,8 @@ class Average:
         decay = min(self._decay, count / (count + 9))
         own, theirs = ([pair[k] for pair in self._averaged] for k in (0, 1))
         get_ema_multi_avg_fn(decay)(own, theirs, count)  # type: ignore[no-untyped-call]
-        for copied, source in self._copied:
-            copied.copy_(source)
+        if self._copied:
+            torch._foreach_copy_([copied for copied, _ in self._copied], [source for _, source in self._copied])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

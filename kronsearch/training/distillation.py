@@ -10,7 +10,7 @@ from kronsearch.training.task import Task
 
 __all__ = ["Labels", "softened_divergence", "training_loss"]
 
-Labels = Sequence[tuple[float, Tensor]]
+Labels = Sequence[tuple[float | Tensor, Tensor]]
 """Targets of a batch with the part of each input that they hold for; the parts add up to 1."""
 
 

@@ -14,12 +14,13 @@ from kronsearch.sekron.spec import Run
 from kronsearch.training.averaging import Average
 from kronsearch.training.batches import Batches
 from kronsearch.training.blocks import Watched, feature_distance
-from kronsearch.training.data import Data
+from kronsearch.training.data import Data, to_device
 from kronsearch.training.distillation import Labels, training_loss
 from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.optimizer import FactorAdamW
 from kronsearch.training.precision import KERNELS, compiling, forward_watched, precision_for, shield_gradients
 from kronsearch.training.randomness import own_randomness
+from kronsearch.training.replay import Replay
 from kronsearch.training.schedule import TrainSettings, learning_rate, total_steps
 from kronsearch.training.stages import training_runs
 from kronsearch.training.teacher import Teacher
@@ -44,7 +45,7 @@ class Trainer:
 
     Model and teacher must be on `device`. All randomness, that of dropout too, comes from `generator` (a CPU generator
     that nothing else draws from): the global generators are left as they were. At the end `close` it: until then freed
-    memory is kept.
+    memory is kept. On CUDA, one process records its step and plays it back (see `Replay`).
 
     Args:
         model: to train, with its trainable parameters.
@@ -100,6 +101,9 @@ class Trainer:
         self._runs: dict[str, Run] | None = None
         self._memory = ExitStack()
         self._memory.enter_context(freed_memory_kept(self._device))
+        on_cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._replay = Replay(self._learn, self.model.zero_grad) if on_cuda and team.size == 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +131,12 @@ class Trainer:
 
         Raises DataError or ModelError from the task and the forward pass, TrainingError if networks can't be compiled.
         """
-        last = min(self.step + steps, self.total_steps)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            return self._advance(min(self.step + steps, self.total_steps))
+
+    def _advance(self, last: int) -> StepReport:
         examples, begun, loss_sum = 0, self.step, torch.zeros((), device=self._device)
         rate = 0.0
         started = time.perf_counter()
@@ -136,31 +145,44 @@ class Trainer:
             rate = learning_rate(self.settings, self.step, self.total_steps)
             (inputs, targets), seed = self._batches.take()
             examples += len(inputs)
-            inputs, labels = self._mixed(inputs, targets, seed)
             if self._runs is None:
                 self._prepare(inputs)
-            own, part = self._team.share(len(inputs))
+            self._optimizer.prepare(rate)
             with own_randomness(seed + self._team.rank, self._device):
-                loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
-                with compiling():
-                    self._team.differentiate(loss)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-            self._optimizer.step(rate)
-            loss_sum += loss.detach()
+                loss_sum += (self._replay or self._learn)(inputs, targets, self._share(inputs, seed))
             self.step += 1
             if self._average is not None:
                 self._average.update(self.step)
+        if self._replay is not None:
+            for parameter in self.model.parameters():  # so that nobody takes them for what they were
+                torch.autograd.graph.increment_version(parameter)
         # .item() waits for the device, so it goes before the clock.
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
         speed = examples / (time.perf_counter() - started)
         return StepReport(self.step, self.total_steps, mean_loss, rate, speed)
 
-    def _mixed(self, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Labels]:
-        """Return a batch as it is learnt from: with what part of it each label holds for."""
-        if not self.settings.mixing or not inputs.is_floating_point():
-            return inputs, [(1.0, targets)]
-        share = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
-        return torch.lerp(inputs.flip(0), inputs, share), [(share, targets), (1 - share, targets.flip(0))]
+    def _share(self, inputs: Tensor, seed: int) -> Tensor:
+        """Return how much of each input a batch keeps where it is mixed with itself in reverse order, a scalar."""
+        if not self._is_mixed(inputs):
+            return inputs.new_ones(())
+        return to_device(torch.rand((), generator=torch.Generator().manual_seed(seed)), inputs.device)
+
+    def _is_mixed(self, inputs: Tensor) -> bool:
+        return self.settings.mixing and inputs.is_floating_point()
+
+    def _learn(self, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """Take the step that the optimizer is prepared for, by work on the device alone, and return the loss."""
+        labels: Labels = [(1.0, targets)]
+        if self._is_mixed(inputs):
+            inputs = torch.lerp(inputs.flip(0), inputs, share.to(inputs.dtype))
+            labels = [(share, targets), (1 - share, targets.flip(0))]
+        own, part = self._team.share(len(inputs))
+        loss = part * self._loss(inputs[own], [(share, told[own]) for share, told in labels])
+        with compiling():
+            self._team.differentiate(loss)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self._optimizer.move()
+        return loss.detach()
 
     def _prepare(self, inputs: Tensor) -> None:
         """Make what depends on how a batch looks."""
@@ -204,6 +226,8 @@ class Trainer:
         if self._average is not None:
             self._average.model.load_state_dict(_part(state, "average/"))
         self._optimizer.restore(_part(state, "optimizer/"))
+        if self._replay is not None:
+            self._replay.forget()
         self.step = step
         self._batches.go_to(state["generator"], taken)
 

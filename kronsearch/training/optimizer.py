@@ -58,53 +58,80 @@ class FactorAdamW:
         groups: dict[float, list[Tensor]] = defaultdict(list)
         for p, moved in self._moved.items():
             groups[0.0 if moved is not p else self._decays[p]].append(moved)
+        # on the device, where a step that was recorded reads it
+        self._rate = torch.zeros((), device=device) if device.type == "cuda" else 0.0
         # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
         self._adam = torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
+            lr=self._rate,
             fused=device.type in ("cpu", "cuda"),
         )
 
-    @torch.no_grad()
     def step(self, rate: float) -> None:
         """Take a step of this learning rate along the parameters' gradients, which are dropped."""
+        self.prepare(rate)
+        self.move()
+
+    @torch.no_grad()
+    def prepare(self, rate: float) -> None:
+        """Do what the host does for a step of this learning rate; it is taken by `move`."""
         if self._taken == 0 or (self._taken % _RENEWAL == 0 and (self._taken // _RENEWAL).bit_count() == 1):
             self._renew()
+        if isinstance(self._rate, Tensor):
+            self._rate.fill_(rate)
+        else:
+            self._rate = rate
+        self._taken += 1
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Take the step that is prepared, by work on the device alone, and drop the gradients."""
         factors = [(p, self._moved[p]) for p in self._rows]
         for p, moved in factors:
             moved.grad = None if p.grad is None else self._mapped(p, p.grad).view_as(moved)
+        recorded = isinstance(self._rate, Tensor) and torch.cuda.is_current_stream_capturing()
         for group in self._adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._rate
+            group["capturable"] = recorded  # else torch refuses; a fused step is the same
         self._adam.step()
+        kept: dict[float, list[Tensor]] = defaultdict(list)
+        for p, _ in factors:
+            if p.grad is not None:
+                kept[self._decays[p]].append(p)
+        for decay, decaying in kept.items():
+            torch._foreach_mul_(decaying, 1 - self._rate * decay)
         for p, moved in factors:
             if p.grad is not None:
-                self._move(p, moved, 1 - rate * self._decays[p])
+                self._add(p, moved)
         if factors:
             torch._foreach_zero_([moved for _, moved in factors])
         for p, moved in self._moved.items():
             p.grad = moved.grad = None
-        self._taken += 1
 
     def _mapped(self, factor: nn.Parameter, tensor: Tensor) -> Tensor:
         """Return what a tensor like a factor, or of its coordinates, is mapped to, as a matrix."""
         extents = self._extents[factor]
         return self._rows[factor].on(tensor.reshape(math.prod(extents), -1), extents)
 
-    def _move(self, factor: nn.Parameter, step: Tensor, kept: float) -> None:
-        """Add to what is kept of a factor where a step of its coordinates takes it, in place."""
+    def _add(self, factor: nn.Parameter, step: Tensor) -> None:
+        """Add to a factor where a step of its coordinates takes it, in place."""
         left, right = self._rows[factor]
         if right is None and len(left) == 1 and factor.is_contiguous():  # as nearly all are, in one operation
-            factor.view(len(left[0]), -1).addmm_(left[0], step.view(len(left[0]), -1), beta=kept)
+            factor.view(len(left[0]), -1).addmm_(left[0], step.view(len(left[0]), -1))
         else:
-            factor.mul_(kept).add_(self._mapped(factor, step).view_as(factor))
+            factor.add_(self._mapped(factor, step).view_as(factor))
 
     def _renew(self) -> None:
-        """Take the coordinates at the factors as they are."""
+        """Take the coordinates at the factors as they are, in the place of older ones: a recorded step reads there."""
         for layer in self._layers:
             factors = list(layer.factors)
             matrices = as_matrices([f.to(torch.promote_types(f.dtype, torch.float32)) for f in factors], layer.spec)
             for factor, matrix, rows in zip(factors, matrices, row_coordinates(matrices, layer.spec), strict=True):
                 if factor in self._moved:
-                    self._rows[factor] = self._shortened(rows, matrix).to(factor.dtype)
+                    fresh = self._shortened(rows, matrix).to(factor.dtype)
+                    for old, new in zip(self._rows.setdefault(factor, fresh), fresh, strict=True):
+                        if old is not None and new is not None:
+                            old.copy_(new)
 
     def _shortened(self, rows: Rows, matrix: Tensor) -> Rows:
         """Return coordinates in which a step of AdamW, of about the rate in each, moves a factor matrix a short way."""

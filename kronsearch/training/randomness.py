@@ -1,11 +1,13 @@
 """Torch's global random numbers, for what draws from nowhere else (dropout)."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-__all__ = ["own_randomness"]
+__all__ = ["host_randomness", "own_randomness"]
 
 
 @contextmanager
@@ -18,3 +20,9 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def host_randomness() -> tuple[object, ...]:
+    """Return where the host's global generators stand, torch's, Python's and NumPy's: alike if nothing was drawn."""
+    numpys = np.random.get_state(legacy=False)["state"]  # noqa: NPY002 -- nothing is drawn
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), bytes(numpys["key"]), numpys["pos"]

@@ -414,11 +414,8 @@ def test_what_is_no_image_is_not_mixed(make_data, make_network):
     with Trainer(
         make_network(), make_data(), TrainSettings(epochs=1, batch_size=10, mixing=True), generator=seeded()
     ) as trainer:
-        tokens, targets = torch.arange(6).view(3, 2), torch.arange(3)
-        inputs, [(share, told)] = trainer._mixed(tokens, targets, 0)
-    assert inputs is tokens
-    assert told is targets
-    assert share == 1
+        assert not trainer._is_mixed(torch.arange(6).view(3, 2))
+        assert trainer._is_mixed(torch.zeros(3, 2))
 
 
 def test_with_averaging_the_result_is_the_average_of_the_weights(make_data, make_network):
