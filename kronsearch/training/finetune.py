@@ -101,9 +101,11 @@ class Trainer:
         self._runs: dict[str, Run] | None = None
         self._memory = ExitStack()
         self._memory.enter_context(freed_memory_kept(self._device))
-        on_cuda = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
-        self._replay = Replay(self._learn, self.model.zero_grad) if on_cuda and team.size == 1 else None
+        self._stream: torch.cuda.Stream | None = None
+        self._replay: Replay | None = None
+        if self._device.type == "cuda" and team.size == 1:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._replay = Replay(self._learn, model, model.zero_grad)
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +121,7 @@ class Trainer:
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._memory.close()
+        self._replay = None  # which refers to the trainer: else its memory is kept until garbage is collected
         self._batches.close()
         self._watched.close()
         for shield in self._shields:
@@ -131,10 +134,12 @@ class Trainer:
 
         Raises DataError or ModelError from the task and the forward pass, TrainingError if networks can't be compiled.
         """
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        last = min(self.step + steps, self.total_steps)
+        if self._stream is None:
+            return self._advance(last)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            return self._advance(min(self.step + steps, self.total_steps))
+            return self._advance(last)
 
     def _advance(self, last: int) -> StepReport:
         examples, begun, loss_sum = 0, self.step, torch.zeros((), device=self._device)
@@ -153,9 +158,6 @@ class Trainer:
             self.step += 1
             if self._average is not None:
                 self._average.update(self.step)
-        if self._replay is not None:
-            for parameter in self.model.parameters():  # so that nobody takes them for what they were
-                torch.autograd.graph.increment_version(parameter)
         # .item() waits for the device, so it goes before the clock.
         mean_loss = self._team.average(loss_sum).item() / max(1, last - begun)
         speed = examples / (time.perf_counter() - started)

@@ -59,7 +59,7 @@ class FactorAdamW:
         for p, moved in self._moved.items():
             groups[0.0 if moved is not p else self._decays[p]].append(moved)
         # on the device, where a step that was recorded reads it
-        self._rate = torch.zeros((), device=device) if device.type == "cuda" else 0.0
+        self._rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else 0.0
         # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
         self._adam = torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
@@ -85,11 +85,16 @@ class FactorAdamW:
 
     @torch.no_grad()
     def move(self) -> None:
-        """Take the step that is prepared, by work on the device alone, and drop the gradients."""
+        """Take the step that is prepared, by work on the device alone, and drop the gradients.
+
+        Raises RuntimeError if it is recorded as a CUDA graph, and a parameter has its first gradient.
+        """
         factors = [(p, self._moved[p]) for p in self._rows]
         for p, moved in factors:
             moved.grad = None if p.grad is None else self._mapped(p, p.grad).view_as(moved)
         recorded = isinstance(self._rate, Tensor) and torch.cuda.is_current_stream_capturing()
+        if recorded and any(moved.grad is not None and moved not in self._adam.state for moved in self._moved.values()):
+            raise RuntimeError("a parameter has its first gradient in a step that is recorded: its state would be lost")
         for group in self._adam.param_groups:
             group["lr"] = self._rate
             group["capturable"] = recorded  # else torch refuses; a fused step is the same

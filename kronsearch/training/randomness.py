@@ -1,5 +1,6 @@
 """Torch's global random numbers, for what draws from nowhere else (dropout)."""
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,5 +25,5 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 def host_randomness() -> tuple[object, ...]:
     """Return where the host's global generators stand, torch's, Python's and NumPy's: alike if nothing was drawn."""
-    numpys = np.random.get_state(legacy=False)["state"]  # noqa: NPY002 -- nothing is drawn
-    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), bytes(numpys["key"]), numpys["pos"]
+    numpys = json.dumps(np.random.get_state(legacy=False), default=lambda array: array.tolist())  # noqa: NPY002 -- no draw
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), numpys
