@@ -1,9 +1,13 @@
 """What the tests share."""
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from kronsearch.plan import (
@@ -28,6 +32,28 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
+
+
+@pytest.fixture(scope="session")
+def filled_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return what has a folder filled by one of the processes that share the tests, and copies it for each."""
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        own = tmp_path_factory.mktemp(name)
+        if worker_id == "master":
+            fill(own)
+            return own
+        shared, done = (tmp_path_factory.getbasetemp().parent / (name + end) for end in ("", ".done"))
+        with FileLock(f"{shared}.lock"):
+            if not done.exists():
+                shutil.rmtree(shared, ignore_errors=True)
+                shared.mkdir()
+                fill(shared)
+                done.touch()
+        shutil.copytree(shared, own, dirs_exist_ok=True)
+        return own
+
+    return filled
 
 
 @pytest.fixture

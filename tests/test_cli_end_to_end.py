@@ -19,9 +19,12 @@ from kronsearch.cli import app
 from kronsearch.models.apply import stored_plan
 from kronsearch.models.checkpoint import load_state_dict
 from kronsearch.plan import load_plan
+from kronsearch.search import score
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = (sys.executable, "-c", "from kronsearch.cli import main; main()")
+# finalists are fine-tuned on a quarter of the images, for the time that it takes
+SHORT = "from kronsearch.search import score; score._PROXY_IMAGES //= 4"
+PROGRAM = (sys.executable, "-c", f"{SHORT}; from kronsearch.cli import main; main()")
 MODEL = ("--model", "zoo:digits")
 RUN = ("run", *MODEL, "--data", "digits", "--budget-flops", "50%", "--final-epochs", "0.2")
 PATIENCE = 120  # seconds for anything; a search of two trials takes about ten
@@ -47,6 +50,7 @@ def kronsearch(*args: str, cwd: Path, code: int = 0) -> tuple[str, str]:
     """Run the command line in this process, to spare time, and return what it wrote to stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
+        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 4)
         result = CliRunner().invoke(app, args)
     assert result.exit_code == code, result.output
     return result.stdout, result.stderr
@@ -85,13 +89,15 @@ def trials_of(study: Path, *states: str) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(filled_once) -> Path:
     """Return a folder in which a search of two trials has run to its end, with what it wrote kept in two files."""
-    folder = tmp_path_factory.mktemp("finished")
-    out, err = finish(start(*RUN, "--trials", "2", "--out", "found", cwd=folder))
-    (folder / "stdout").write_text(out)
-    (folder / "stderr").write_text(err)
-    return folder
+
+    def search(folder: Path) -> None:
+        out, err = finish(start(*RUN, "--trials", "2", "--out", "found", cwd=folder))
+        (folder / "stdout").write_text(out)
+        (folder / "stderr").write_text(err)
+
+    return filled_once("finished", search)
 
 
 def test_a_search_ends_with_a_table_and_its_files(finished):
@@ -156,7 +162,7 @@ def test_a_plan_is_applied_and_evaluated_two_ways_alike(finished):
 
 def test_a_fine_tune_that_was_killed_ends_with_the_same_weights(finished):
     """All in processes of their own: what other tests leave in this one, such as threads, changes roundings."""
-    line = ("finetune", "found/plan.json", *MODEL, "--data", "digits", "--epochs", "8", "--out")
+    line = ("finetune", "found/compressed.safetensors", *MODEL, "--data", "digits", "--epochs", "8", "--out")
     out, err = finish(start(*line, "whole", cwd=finished))
     assert "test accuracy" in out
     assert "written to whole: compressed.safetensors, log.csv" in out
@@ -246,9 +252,9 @@ def test_a_study_of_another_budget_is_refused(finished):
     assert {path.name: path.stat().st_mtime_ns for path in (finished / "found").iterdir()} == before
 
 
-def test_killed_in_a_trial_the_same_line_ends_the_search(tmp_path):
+def test_killed_in_a_trial_the_same_line_ends_the_search(finished, tmp_path):
     line = ("run", *MODEL, "--data", "digits", "--budget-flops", "1M", "--final-epochs", "0.2", "--trials", "6")
-    line = (*line, "--out", "found")
+    line = (*line, "--out", "found", "--cache", str(finished / "found/cache"))
     study = tmp_path / "found/study.db"
     process = start(*line, cwd=tmp_path)
     began = time.monotonic()

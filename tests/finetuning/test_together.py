@@ -18,23 +18,25 @@ PATIENCE = 240  # seconds for what takes about fifteen
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, plan):
+def folder(filled_once, plan):
     """Return the folder in which two processes have left what they had in the end."""
-    folder = tmp_path_factory.mktemp("together")
-    save_plan(plan, folder / "plan.json")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        (*torchrun, str(PROGRAM), str(folder)),
-        env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert "Warning" not in done.stderr
-    return folder
+
+    def train(folder):
+        save_plan(plan, folder / "plan.json")
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        done = subprocess.run(
+            (*torchrun, str(PROGRAM), str(folder)),
+            env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        assert "Warning" not in done.stderr
+
+    return filled_once("together", train)
 
 
 def both(folder, name):

@@ -24,7 +24,16 @@ from kronsearch.search.workers import BEAT, Lookout
 IDENTITY = {"model": "m", "budget": "flops 50%", "seed": 0}
 PROCESSES = multiprocessing.get_context("forkserver")
 # a worker is there in milliseconds, not in seconds
-PROCESSES.set_forkserver_preload(["kronsearch.search.study", "alembic.command", "sqlalchemy.dialects.sqlite"])
+PROCESSES.set_forkserver_preload(
+    [
+        "kronsearch.search.study",
+        "alembic.command",
+        "sqlalchemy.dialects.sqlite",
+        "torch",
+        "scipy.stats",
+        "optuna._gp.gp",
+    ]
+)
 GIVEN = [{"x": 0.25, "y": 0.5}, {"x": 0.5, "y": 0.5}, {"x": 0.75, "y": 0.5}]
 MANY = 1000
 
