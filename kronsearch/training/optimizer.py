@@ -3,9 +3,11 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from kronsearch.sekron.coordinates import Rows, block_shape, row_coordinates
 from kronsearch.sekron.layers import SeKronLayer
@@ -15,6 +17,20 @@ __all__ = ["FactorAdamW"]
 
 _FAR = 0.1  # of a factor's size; CIFAR's ResNets at their highest rates go 0.005 as a rule, and up to 0.02
 _RENEWAL = 100  # steps until coordinates are taken anew; then twice as many, and so on, so that they never cost much
+
+
+class _Moments(NamedTuple):
+    """What AdamW keeps of a tensor, laid out as the tensor is: the fused step walks through all by their places."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, fused: bool) -> Self:
+        """Return them as before the first step."""
+        count = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
+        return cls(torch.zeros_like(tensor), torch.zeros_like(tensor), count)
 
 
 class FactorAdamW:
@@ -51,21 +67,17 @@ class FactorAdamW:
         self._rows: dict[nn.Parameter, Rows] = {}
         # what AdamW moves: in the place of a factor how far its coordinates go in a step
         self._moved = {
-            p: torch.zeros_like(p, memory_format=torch.contiguous_format).requires_grad_() if p in shares else p
-            for p in self._names
+            p: torch.zeros_like(p, memory_format=torch.contiguous_format) if p in shares else p for p in self._names
         }
         self._taken = 0
-        groups: dict[float, list[Tensor]] = defaultdict(list)
+        self._groups: dict[float, list[nn.Parameter]] = defaultdict(list)  # by what AdamW itself shrinks them by
         for p, moved in self._moved.items():
-            groups[0.0 if moved is not p else self._decays[p]].append(moved)
+            self._groups[0.0 if moved is not p else self._decays[p]].append(p)
+        # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
+        self._fused = device.type in ("cpu", "cuda")
+        self._moments = {p: _Moments.of(moved, fused=self._fused) for p, moved in self._moved.items()}
         # on the device, where a step that was recorded reads it
         self._rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else 0.0
-        # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
-        self._adam = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for decay, group in groups.items()],
-            lr=self._rate,
-            fused=device.type in ("cpu", "cuda"),
-        )
 
     def step(self, rate: float) -> None:
         """Take a step of this learning rate along the parameters' gradients, which are dropped."""
@@ -85,33 +97,52 @@ class FactorAdamW:
 
     @torch.no_grad()
     def move(self) -> None:
-        """Take the step that is prepared, by work on the device alone, and drop the gradients.
-
-        Raises RuntimeError if it is recorded as a CUDA graph, and a parameter has its first gradient.
-        """
-        factors = [(p, self._moved[p]) for p in self._rows]
-        for p, moved in factors:
-            moved.grad = None if p.grad is None else self._mapped(p, p.grad).view_as(moved)
-        recorded = isinstance(self._rate, Tensor) and torch.cuda.is_current_stream_capturing()
-        if recorded and any(moved.grad is not None and moved not in self._adam.state for moved in self._moved.values()):
-            raise RuntimeError("a parameter has its first gradient in a step that is recorded: its state would be lost")
-        for group in self._adam.param_groups:
-            group["lr"] = self._rate
-            group["capturable"] = recorded  # else torch refuses; a fused step is the same
-        self._adam.step()
+        """Take the step that is prepared, by work on the device alone, and drop the gradients."""
+        slopes = {
+            p: self._mapped(p, p.grad).view_as(moved) if p in self._rows else p.grad
+            for p, moved in self._moved.items()
+            if p.grad is not None
+        }
+        for decay, group in self._groups.items():
+            self._adamw([p for p in group if p in slopes], slopes, decay)
+        factors = [p for p in self._rows if p in slopes]
         kept: dict[float, list[Tensor]] = defaultdict(list)
-        for p, _ in factors:
-            if p.grad is not None:
-                kept[self._decays[p]].append(p)
+        for p in factors:
+            kept[self._decays[p]].append(p)
         for decay, decaying in kept.items():
             torch._foreach_mul_(decaying, 1 - self._rate * decay)
-        for p, moved in factors:
-            if p.grad is not None:
-                self._add(p, moved)
+        for p in factors:
+            self._add(p, self._moved[p])
         if factors:
-            torch._foreach_zero_([moved for _, moved in factors])
-        for p, moved in self._moved.items():
-            p.grad = moved.grad = None
+            torch._foreach_zero_([self._moved[p] for p in factors])
+        for p in slopes:
+            p.grad = None
+
+    def _adamw(self, group: list[nn.Parameter], slopes: Mapping[nn.Parameter, Tensor], decay: float) -> None:
+        """Take AdamW's step of what is moved in the place of these parameters.
+
+        By torch's function: its class imports torch's compiler with the first parameter, which takes two seconds.
+        """
+        if not group:
+            return
+        moments = [self._moments[p] for p in group]
+        adamw(
+            [self._moved[p] for p in group],
+            [slopes[p] for p in group],
+            [each.exp_avg for each in moments],
+            [each.exp_avg_sq for each in moments],
+            [],
+            [each.step for each in moments],
+            fused=self._fused or None,
+            capturable=isinstance(self._rate, Tensor),
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self._rate,
+            weight_decay=decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def _mapped(self, factor: nn.Parameter, tensor: Tensor) -> Tensor:
         """Return what a tensor like a factor, or of its coordinates, is mapped to, as a matrix."""
@@ -148,30 +179,28 @@ class FactorAdamW:
     def state(self) -> dict[str, Tensor]:
         """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
         found = {"/taken": torch.tensor(self._taken)}
-        for p, moved in self._moved.items():
-            kinds = {**self._adam.state.get(moved, {}), **(self._rows[p]._asdict() if p in self._rows else {})}
+        for p, moments in self._moments.items():
+            kinds = {**moments._asdict(), **(self._rows[p]._asdict() if p in self._rows else {})}
             found |= {f"{self._names[p]}/{kind}": part for kind, part in kinds.items() if part is not None}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
-        moved = {name: self._moved[p] for p, name in self._names.items()}
+        parameters = {name: p for p, name in self._names.items()}
         taken, rows = int(state["/taken"]), {}
         for p, extents in self._extents.items() if taken else ():
             parts = zip(Rows._fields, extents, strict=False)
             rows[p] = Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts))
-        self._adam.state.clear()
+        moments = {p: _Moments.of(moved, fused=self._fused) for p, moved in self._moved.items()}
         for key in state.keys() - {"/taken"}:
             name, _, kind = key.rpartition("/")
             if kind in Rows._fields:
                 continue
-            if kind not in ("exp_avg", "exp_avg_sq", "step"):
+            if kind not in _Moments._fields:
                 raise ValueError(f"{key} is no state of a parameter")
-            own = moved[name]
-            # laid out as the parameter is: the fused step walks through both by their places in memory
-            into = torch.empty_like(own) if kind != "step" else torch.empty((), device=own.device)
-            self._adam.state[own][kind] = into.detach().copy_(_of_shape(state, key, into.shape, into))
-        self._rows, self._taken = rows, taken
+            into: Tensor = getattr(moments[parameters[name]], kind)
+            into.copy_(_of_shape(state, key, into.shape, into))
+        self._moments, self._rows, self._taken = moments, rows, taken
 
 
 def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
