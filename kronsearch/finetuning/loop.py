@@ -74,7 +74,7 @@ class Loop:
         trainer = self.trainer
         per_epoch = train_batch_count(self.data.size("train"), trainer.settings.batch_size)
         saved = time.monotonic()
-        kept = self.record.kept
+        kept, refusal = self.record.kept, None
         self.tell(trainer.step, trainer.total_steps, "", None if kept is None else kept.metric)
         while trainer.step < trainer.total_steps:
             epoch_ends = min((trainer.step // per_epoch + 1) * per_epoch, trainer.total_steps)
@@ -83,7 +83,11 @@ class Loop:
             report = trainer.advance(portion)
             self._check(report, report.loss)
             self._add(losses=_sum(self.record.losses, report.loss, portion))
-            self.tell(report.step, report.total_steps, f"loss {report.loss:.4f}", None)
+            words = f"loss {report.loss:.4f}"
+            if trainer.refusal != refusal:
+                refusal = trainer.refusal
+                words += f"; no CUDA graph, so a small network trains slowly: {refusal}"
+            self.tell(report.step, report.total_steps, words, None)
             if trainer.step == epoch_ends and self.out is not None:
                 self._evaluate(report, trainer.step / per_epoch, self.out)
             if self.out is not None and (trainer.step == epoch_ends or time.monotonic() - saved > _SAVE_SECONDS):

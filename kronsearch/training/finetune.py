@@ -118,6 +118,11 @@ class Trainer:
         """The network as training leaves it at this step: the average where there is one, else the model."""
         return self.model if self._average is None else self._average.model
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the step is not played back, in a few words; None if it is, or may be yet, or there is no CUDA."""
+        return None if self._replay is None else self._replay.refusal
+
     def close(self) -> None:
         """Leave the model in eval mode, with the weights of the last step and no gradients."""
         self._memory.close()
@@ -138,8 +143,11 @@ class Trainer:
         if self._stream is None:
             return self._advance(last)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            return self._advance(last)
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._advance(last)
+        finally:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _advance(self, last: int) -> StepReport:
         examples, begun, loss_sum = 0, self.step, torch.zeros((), device=self._device)

@@ -13,18 +13,17 @@ from kronsearch.training.randomness import host_randomness
 __all__ = ["Replay"]
 
 _EAGER = 3  # calls before one is recorded: what is made at the first ones, such as the optimizer's state, is there then
-_WAITS = "called a synchronizing CUDA operation"  # torch's words
-_HELD = (bool, int, float, str, Tensor)
+_WAITS, _NOTICE = "called a synchronizing CUDA operation", "Synchronization debug mode is a prototype"  # torch's words
 
 
 class Replay:
     """Work whose result depends on its inputs and on what lies in memory, and that does the same at every call.
 
     It runs as it is for a few calls, and is then recorded as a CUDA graph. A step of a small network is a thousand
-    kernels of a few microseconds, and to issue them from Python takes longer than to run them. The last of those calls
-    shows what can't be played back, and goes on running as it is: what waits for the device, draws random numbers on
-    the host, or counts or puts another tensor in a buffer's place on the host. What needs more memory than there is
-    runs as it is, too, and inputs of other shapes. What only a later call does on the host is not seen.
+    kernels of a few microseconds, and to issue them from Python takes longer than to run them. In the last of those
+    calls it is seen, and refused, if the work waits for the device, draws from the host's global generators, changes
+    numbers or words that are attributes of the network's modules, or puts other tensors in the place of their buffers;
+    what else it does on the host is not seen. Inputs of other shapes run as they are, and all does if recording fails.
 
     It must be called with the same stream current each time, which isn't the device's default one.
 
@@ -75,7 +74,8 @@ class Replay:
 
         A recording that waits for the device fails, too, but then torch up to 2.11 can draw no more on it.
         """
-        held, drawn, mode = _held(self._network), host_randomness(), torch.cuda.get_sync_debug_mode()
+        attributes, buffers = _attributes(self._network), dict(self._network.named_buffers())
+        drawn, mode = host_randomness(), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -83,11 +83,19 @@ class Replay:
                 output = self._work(*inputs)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        if any(_WAITS in str(warning.message) for warning in told):
+        waits = False
+        for warning in told:
+            if _WAITS in (text := str(warning.message)):
+                waits = True
+            elif _NOTICE not in text:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if waits:
             self.refusal = "it waits for the device"
         elif host_randomness() != drawn:
             self.refusal = "it draws random numbers on the host"
-        elif not _same(held, _held(self._network)):
+        elif _attributes(self._network) != attributes or any(
+            buffers.get(name) is not buffer for name, buffer in self._network.named_buffers()
+        ):
             self.refusal = "a module of the network changes on the host"
         return output
 
@@ -109,18 +117,11 @@ def _looks(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
     return [(tensor.shape, tensor.dtype) for tensor in tensors]
 
 
-def _held(network: nn.Module) -> dict[tuple[str, str], object]:
-    """Return the numbers, words and tensors that modules have as attributes and buffers, by the module's name."""
+def _attributes(network: nn.Module) -> dict[tuple[str, str], tuple[type, object]]:
+    """Return the numbers and words that modules have as attributes, by the modules' names."""
     return {
-        (name, key): value
+        (name, key): (type(value), value)
         for name, module in network.named_modules()
-        for key, value in {**vars(module), **dict(module.named_buffers(recurse=False))}.items()
-        if isinstance(value, _HELD)
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
     }
-
-
-def _same(one: dict[tuple[str, str], object], other: dict[tuple[str, str], object]) -> bool:
-    """Tell whether numbers and words are equal, and tensors the very same ones."""
-    return one.keys() == other.keys() and all(
-        other[key] is value or (not isinstance(value, Tensor) and other[key] == value) for key, value in one.items()
-    )

@@ -39,8 +39,13 @@ def test_an_error_that_shall_be_low_is_better_when_it_is_lower():
 class Epochs:
     """A trainer of epochs of one step, whose network is the number of the step."""
 
-    def __init__(self, count):
+    def __init__(self, count, refusals=(None,)):
         self.step, self.total_steps, self.settings = 0, count, SimpleNamespace(batch_size=10)
+        self._refusals = refusals
+
+    @property
+    def refusal(self):
+        return self._refusals[min(self.step, len(self._refusals) - 1)]
 
     @property
     def result(self):
@@ -78,3 +83,19 @@ def test_of_the_first_half_the_latest_is_kept_and_then_the_best(monkeypatch, tmp
     record = Record(identity={})
     record = Loop(trainer, record, validation=validate, plan=None, out=tmp_path, tell=lambda *told: None).run()
     assert tuple(saved) == kept == tuple(row.step for row in record.log if row.kept)
+
+
+def test_that_a_step_is_not_recorded_is_told_once():
+    told = []
+    trainer = Epochs(4, (None, None, "it waits"))
+    validation = SimpleNamespace(data=SimpleNamespace(size=lambda split: 10))
+    Loop(
+        trainer,
+        Record(identity={}),
+        validation=validation,
+        plan=None,
+        out=None,
+        tell=lambda *news: told.append(news[2]),
+    ).run()
+    slow = "loss 1.0000; no CUDA graph, so a small network trains slowly: it waits"
+    assert told == ["", "loss 1.0000", slow, "loss 1.0000", "loss 1.0000"]

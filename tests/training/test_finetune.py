@@ -410,12 +410,15 @@ def test_a_mixed_batch_is_learnt_from_in_the_shares_of_its_labels(make_data, mak
     assert report.loss == pytest.approx((0.3 * labels + 0.7 * 16 * softened).item(), rel=1e-4)
 
 
-def test_what_is_no_image_is_not_mixed(make_data, make_network):
-    with Trainer(
-        make_network(), make_data(), TrainSettings(epochs=1, batch_size=10, mixing=True), generator=seeded()
-    ) as trainer:
-        assert not trainer._is_mixed(torch.arange(6).view(3, 2))
-        assert trainer._is_mixed(torch.zeros(3, 2))
+def test_what_is_no_image_is_not_mixed(make_data):
+    """Half of two tokens is no token."""
+    network = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(8, 3))
+    settings = TrainSettings(epochs=1, batch_size=3, mixing=True)
+    tokens, targets = torch.arange(6).view(3, 2), torch.arange(3)
+    wanted = F.cross_entropy(network(tokens), targets).item()
+    with Trainer(network, make_data(), settings, generator=seeded()) as trainer:
+        trainer._optimizer.prepare(0.0)
+        assert trainer._learn(tokens, targets, trainer._share(tokens, 0)).item() == pytest.approx(wanted)
 
 
 def test_with_averaging_the_result_is_the_average_of_the_weights(make_data, make_network):

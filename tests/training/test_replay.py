@@ -64,7 +64,7 @@ def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(Recording, "replayed", 0)
-    yield
+    yield modes
     assert modes in ([], ["warn", 0])
 
 
@@ -115,11 +115,6 @@ class Rebinding(nn.Module):
         return x + 1
 
 
-def waiting(x):
-    warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
-    return x + 1
-
-
 def drawing(draw):
     return lambda x: x + float(draw() < 9)
 
@@ -130,7 +125,6 @@ HOST = "draws random numbers on the host"
 @pytest.mark.parametrize(
     ("work", "reason"),
     [
-        (waiting, "waits for the device"),
         (drawing(random.random), HOST),
         (drawing(np.random.random), HOST),
         (drawing(np.random.normal), HOST),  # every other call takes what the one before has left
@@ -140,7 +134,6 @@ HOST = "draws random numbers on the host"
     ],
 )
 @pytest.mark.usefixtures("recording")
-@pytest.mark.filterwarnings("ignore:called a synchronizing")
 def test_what_can_be_seen_not_to_be_alike_at_every_call_is_not_recorded(work, reason):
     with torch.random.fork_rng(devices=[]):
         replay = replay_of(work, work if isinstance(work, nn.Module) else None)
@@ -149,6 +142,39 @@ def test_what_can_be_seen_not_to_be_alike_at_every_call_is_not_recorded(work, re
     assert not replay.is_recorded
     assert reason in replay.refusal
     assert Recording.replayed == 0
+
+
+def test_what_waits_for_the_device_is_not_recorded_and_warns_of_what_else_it_does(recording):
+    def work(x):
+        if recording == ["warn"]:
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
+        warnings.warn("careful", UserWarning, stacklevel=1)
+        return x + 1
+
+    replay = replay_of(work)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            assert replay(torch.ones(2)).tolist() == [2, 2]
+    assert [str(warning.message) for warning in told] == ["careful"] * 6
+    assert replay.refusal == "it waits for the device"
+    assert Recording.replayed == 0
+
+
+class Remembering(nn.Module):
+    """Puts a new tensor in an attribute's place, as weight norm does: it is made anew at each call."""
+
+    def forward(self, x):
+        self.last = x + 1
+        return self.last
+
+
+def test_a_tensor_that_is_an_attribute_may_be_another_one_each_time(recording):
+    replay = replay_of(network := Remembering(), network)
+    for _ in range(4):
+        replay(torch.ones(2))
+    assert replay.is_recorded
+    assert recording == ["warn", 0]
 
 
 @pytest.mark.usefixtures("recording")
@@ -189,7 +215,7 @@ def test_a_recorded_training_ends_as_one_of_single_kernels(compiled, make_data, 
                 trainer._replay = None
             losses = [trainer.advance(7).loss for _ in range(3)]
             if recorded:
-                assert trainer._replay.is_recorded, trainer._replay.refusal
+                assert trainer._replay.is_recorded, trainer.refusal
             assert trainer.step == trainer.total_steps == 21
             states.append({name: tensor.clone().cpu() for name, tensor in trainer.state().items()} | {"": losses})
     for name, tensor in states[1].items():
@@ -235,7 +261,8 @@ def test_a_network_that_waits_for_the_device_is_trained_as_it_is(make_data, make
         network = wrap(factorised(make_network(0, dropout=0.2)))
         with trainer_of(network, None, data, blocks=()) as trainer:
             trainer.advance(21)
-            assert trainer._replay.is_recorded == (wrap is nn.Sequential), trainer._replay.refusal
+            assert trainer.refusal == ("it waits for the device" if wrap is Waiting else None)
+            assert trainer._replay.is_recorded == (wrap is nn.Sequential)
             results.append([parameter.detach().clone() for parameter in network.parameters()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
