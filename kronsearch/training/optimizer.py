@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, Self
 
 import torch
@@ -31,6 +32,53 @@ class _Moments(NamedTuple):
         """Return them as before the first step."""
         count = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
         return cls(torch.zeros_like(tensor), torch.zeros_like(tensor), count)
+
+
+class _Bundle:
+    """Factors of as many columns, of few rows, whose steps are taken together.
+
+    Each has its part of tensors of them all, which are filled up with rows of zeros: two products take the place of two
+    for each of them, and AdamW moves one tensor.
+
+    Args:
+        factors: of one dtype and device.
+        rows: of each of them as a matrix.
+        decay: of all of them.
+    """
+
+    def __init__(self, factors: Sequence[nn.Parameter], rows: Sequence[int], decay: float) -> None:
+        self.factors, self._rows, self.decay = list(factors), list(rows), decay
+        count, most, columns = len(factors), max(rows), factors[0].numel() // rows[0]
+        like = factors[0].detach()
+        self.moved, self._slopes, self._step = (like.new_zeros(count, most, columns) for _ in range(3))
+        self._left = like.new_zeros(count, most, most)
+        self._slope_of, self._step_of = self.parts(self._slopes), self.parts(self._step)
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Return each factor's part of a tensor like `moved`, in the factor's shape."""
+        return [own[:n].view(f.shape) for own, n, f in zip(whole.unbind(), self._rows, self.factors, strict=True)]
+
+    def maps(self) -> list[Rows]:
+        """Return where the map of each factor lies."""
+        return [Rows(own[None, :n, :n]) for own, n in zip(self._left.unbind(), self._rows, strict=True)]
+
+    def slope(self) -> Tensor | None:
+        """Return the gradient by the coordinates, None if no factor has one; of those that have none it is zero."""
+        told = [(part, f.grad) for part, f in zip(self._slope_of, self.factors, strict=True) if f.grad is not None]
+        if not told:
+            return None
+        if len(told) < len(self.factors):
+            self._slopes.zero_()
+        torch._foreach_copy_([part for part, _ in told], [gradient for _, gradient in told])
+        return torch.bmm(self._left, self._slopes)
+
+    def add(self, kept: float | Tensor) -> None:
+        """Add to what is kept of the factors where the step of their coordinates takes them, in place."""
+        torch.bmm(self._left, self.moved, out=self._step)
+        factors: list[Tensor] = [*self.factors]
+        torch._foreach_mul_(factors, kept)
+        torch._foreach_add_(factors, self._step_of)
+        self.moved.zero_()
 
 
 class FactorAdamW:
@@ -64,18 +112,39 @@ class FactorAdamW:
             for k, factor in enumerate(layer.factors)
             if factor.requires_grad
         }
-        self._rows: dict[nn.Parameter, Rows] = {}
-        # what AdamW moves: in the place of a factor how far its coordinates go in a step
-        self._moved = {
-            p: torch.zeros_like(p, memory_format=torch.contiguous_format) if p in shares else p for p in self._names
+        together: dict[tuple[object, ...], list[nn.Parameter]] = defaultdict(list)
+        for p, extents in self._extents.items():
+            if len(extents) == 1 and block_shape(extents[0])[0] == 1:
+                size = (
+                    (extents[0] - 1).bit_length() + 1
+                ) // 2  # so that few are filled up to more than four times theirs
+                together[size, p.numel() // extents[0], self._decays[p], p.dtype].append(p)
+        self._bundles = [
+            _Bundle(members, [self._extents[p][0] for p in members], self._decays[members[0]])
+            for members in together.values()
+        ]
+        self._places = {p: rows for x in self._bundles for p, rows in zip(x.factors, x.maps(), strict=True)}
+        # of the other factors, too, AdamW moves in their place how far their coordinates go in a step
+        self._alone = {
+            p: torch.zeros_like(p, memory_format=torch.contiguous_format)
+            for p in self._extents
+            if p not in self._places
         }
+        self._rows: dict[nn.Parameter, Rows] = {}
         self._taken = 0
-        self._groups: dict[float, list[nn.Parameter]] = defaultdict(list)  # by what AdamW itself shrinks them by
-        for p, moved in self._moved.items():
-            self._groups[0.0 if moved is not p else self._decays[p]].append(p)
         # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
         self._fused = device.type in ("cpu", "cuda")
-        self._moments = {p: _Moments.of(moved, fused=self._fused) for p, moved in self._moved.items()}
+        moved = (
+            [p for p in self._names if p not in self._extents],
+            self._alone.values(),
+            (x.moved for x in self._bundles),
+        )
+        self._moments = {tensor: _Moments.of(tensor, fused=self._fused) for tensor in chain(*moved)}
+        self._kept = {p: self._moments[self._alone.get(p, p)] for p in self._names if p not in self._places}
+        for bundle in self._bundles:
+            average, square, step = self._moments[bundle.moved]
+            for p, own, its in zip(bundle.factors, bundle.parts(average), bundle.parts(square), strict=True):
+                self._kept[p] = _Moments(own, its, step)
         # on the device, where a step that was recorded reads it
         self._rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else 0.0
 
@@ -98,37 +167,38 @@ class FactorAdamW:
     @torch.no_grad()
     def move(self) -> None:
         """Take the step that is prepared, by work on the device alone, and drop the gradients."""
-        slopes = {
-            p: self._mapped(p, p.grad).view_as(moved) if p in self._rows else p.grad
-            for p, moved in self._moved.items()
-            if p.grad is not None
-        }
-        for decay, group in self._groups.items():
-            self._adamw([p for p in group if p in slopes], slopes, decay)
-        factors = [p for p in self._rows if p in slopes]
-        kept: dict[float, list[Tensor]] = defaultdict(list)
-        for p in factors:
-            kept[self._decays[p]].append(p)
-        for decay, decaying in kept.items():
-            torch._foreach_mul_(decaying, 1 - self._rate * decay)
-        for p in factors:
-            self._add(p, self._moved[p])
-        if factors:
-            torch._foreach_zero_([self._moved[p] for p in factors])
-        for p in slopes:
+        slopes: dict[float, dict[Tensor, Tensor]] = defaultdict(dict)  # by what AdamW itself shrinks tensors by
+        for p in self._names:
+            if p.grad is None or p in self._places:
+                continue
+            if (moved := self._alone.get(p)) is None:
+                slopes[self._decays[p]][p] = p.grad
+            else:
+                slopes[0.0][moved] = self._mapped(p, p.grad).view_as(moved)
+        for bundle in self._bundles:
+            if (slope := bundle.slope()) is not None:
+                slopes[0.0][bundle.moved] = slope
+        for decay, tensors in slopes.items():
+            self._adamw(tensors, decay)
+        for bundle in self._bundles:
+            if bundle.moved in slopes[0.0]:
+                bundle.add(1 - self._rate * bundle.decay)
+        for p, moved in self._alone.items():
+            if p.grad is not None:
+                p.mul_(1 - self._rate * self._decays[p]).add_(self._mapped(p, moved).view_as(p))
+                moved.zero_()
+        for p in self._names:
             p.grad = None
 
-    def _adamw(self, group: list[nn.Parameter], slopes: Mapping[nn.Parameter, Tensor], decay: float) -> None:
-        """Take AdamW's step of what is moved in the place of these parameters.
+    def _adamw(self, slopes: Mapping[Tensor, Tensor], decay: float) -> None:
+        """Take AdamW's step of tensors along their slopes.
 
         By torch's function: its class imports torch's compiler with the first parameter, which takes two seconds.
         """
-        if not group:
-            return
-        moments = [self._moments[p] for p in group]
+        moments = [self._moments[tensor] for tensor in slopes]
         adamw(
-            [self._moved[p] for p in group],
-            [slopes[p] for p in group],
+            list(slopes),
+            list(slopes.values()),
             [each.exp_avg for each in moments],
             [each.exp_avg_sq for each in moments],
             [],
@@ -149,25 +219,21 @@ class FactorAdamW:
         extents = self._extents[factor]
         return self._rows[factor].on(tensor.reshape(math.prod(extents), -1), extents)
 
-    def _add(self, factor: nn.Parameter, step: Tensor) -> None:
-        """Add to a factor where a step of its coordinates takes it, in place."""
-        left, right = self._rows[factor]
-        if right is None and len(left) == 1 and factor.is_contiguous():  # as nearly all are, in one operation
-            factor.view(len(left[0]), -1).addmm_(left[0], step.view(len(left[0]), -1))
-        else:
-            factor.add_(self._mapped(factor, step).view_as(factor))
-
     def _renew(self) -> None:
         """Take the coordinates at the factors as they are, in the place of older ones: a recorded step reads there."""
         for layer in self._layers:
             factors = list(layer.factors)
             matrices = as_matrices([f.to(torch.promote_types(f.dtype, torch.float32)) for f in factors], layer.spec)
             for factor, matrix, rows in zip(factors, matrices, row_coordinates(matrices, layer.spec), strict=True):
-                if factor in self._moved:
-                    fresh = self._shortened(rows, matrix).to(factor.dtype)
-                    for old, new in zip(self._rows.setdefault(factor, fresh), fresh, strict=True):
-                        if old is not None and new is not None:
-                            old.copy_(new)
+                if factor in self._extents:
+                    self._set(factor, self._shortened(rows, matrix).to(factor.dtype))
+
+    def _set(self, factor: nn.Parameter, rows: Rows) -> None:
+        """Keep the coordinates of a factor."""
+        own = self._rows.setdefault(factor, self._places.get(factor, rows))
+        for into, part in zip(own, rows, strict=True):
+            if into is not None and part is not None:
+                into.copy_(part)
 
     def _shortened(self, rows: Rows, matrix: Tensor) -> Rows:
         """Return coordinates in which a step of AdamW, of about the rate in each, moves a factor matrix a short way."""
@@ -179,28 +245,28 @@ class FactorAdamW:
     def state(self) -> dict[str, Tensor]:
         """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
         found = {"/taken": torch.tensor(self._taken)}
-        for p, moments in self._moments.items():
-            kinds = {**moments._asdict(), **(self._rows[p]._asdict() if p in self._rows else {})}
-            found |= {f"{self._names[p]}/{kind}": part for kind, part in kinds.items() if part is not None}
+        for p, name in self._names.items():
+            kinds = {**self._kept[p]._asdict(), **(self._rows[p]._asdict() if p in self._rows else {})}
+            found |= {f"{name}/{kind}": part for kind, part in kinds.items() if part is not None}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
         parameters = {name: p for p, name in self._names.items()}
-        taken, rows = int(state["/taken"]), {}
-        for p, extents in self._extents.items() if taken else ():
+        self._taken, self._rows = int(state["/taken"]), {}
+        for p, extents in self._extents.items() if self._taken else ():
             parts = zip(Rows._fields, extents, strict=False)
-            rows[p] = Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts))
-        moments = {p: _Moments.of(moved, fused=self._fused) for p, moved in self._moved.items()}
+            self._set(p, Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts)))
+        for moments in self._moments.values():
+            torch._foreach_zero_(list(moments))
         for key in state.keys() - {"/taken"}:
             name, _, kind = key.rpartition("/")
             if kind in Rows._fields:
                 continue
             if kind not in _Moments._fields:
                 raise ValueError(f"{key} is no state of a parameter")
-            into: Tensor = getattr(moments[parameters[name]], kind)
+            into: Tensor = getattr(self._kept[parameters[name]], kind)
             into.copy_(_of_shape(state, key, into.shape, into))
-        self._moments, self._rows, self._taken = moments, rows, taken
 
 
 def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:

@@ -126,6 +126,54 @@ def test_a_factor_without_a_gradient_stays(network):
     assert all(torch.equal(p, after.get_parameter(name)) for name, p in network.named_parameters())
 
 
+def layers_of_ranks(*ranks):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.ModuleList(
+            SeKronConv2d.from_conv(nn.Conv2d(4, 8, 3, bias=False), SeKronSpec(SHAPES, (r, 1))) for r in ranks
+        )
+
+
+def test_factors_that_are_moved_together_go_as_they_would_alone():
+    """Of other ranks, some of them so much fewer that they are not filled up to the same."""
+    layers = layers_of_ranks(5, 1, 4, 3, 5)
+    alone = copy.deepcopy(layers)
+    together, each = optimizer_of(layers), [optimizer_of(layer) for layer in alone]
+    assert len(together._bundles) < sum(len(optimizer._bundles) for optimizer in each)
+    for _ in range(3):
+        images = torch.randn(5, 4, 6, 6)
+        sum(layer(images).square().mean() for layer in layers).backward()
+        together.step(0.01)
+        for layer, optimizer in zip(alone, each, strict=True):
+            layer(images).square().mean().backward()
+            optimizer.step(0.01)
+    for name, parameter in layers.named_parameters():
+        torch.testing.assert_close(parameter, alone.get_parameter(name), atol=1e-6, rtol=1e-5)
+    state = together.state()
+    assert int(state.pop("/taken")) == 3
+    parts = {
+        f"{k}.{name}": part for k, own in enumerate(each) for name, part in own.state().items() if name != "/taken"
+    }
+    assert state.keys() == parts.keys()
+    for name, part in parts.items():
+        torch.testing.assert_close(state[name], part, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_of_factors_that_are_moved_together_no_gradient_is_one_of_zeros():
+    layers = layers_of_ranks(4, 4)
+    other = copy.deepcopy(layers)
+    for network, multiple in ((layers, None), (other, 0.0)):
+        optimizer, images = optimizer_of(network), torch.ones(2, 4, 5, 5)
+        for used in (True, False, True):
+            loss = network[0](images).square().mean()
+            if used or multiple is not None:
+                loss = loss + (1.0 if used else multiple) * network[1](images).square().mean()
+            loss.backward()
+            optimizer.step(0.01)
+    for one, same in zip(layers[1].factors, other[1].factors, strict=True):
+        torch.testing.assert_close(one, same)
+
+
 def test_rows_in_blocks_go_on_as_well(monkeypatch, network):
     monkeypatch.setattr(coordinates, "_BLOCK", 2)
     test_with_its_state_it_goes_on_as_it_would_have(network, torch.contiguous_format)
