@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import NamedTuple, Self
 
 import torch
@@ -32,6 +31,43 @@ class _Moments(NamedTuple):
         """Return them as before the first step."""
         count = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
         return cls(torch.zeros_like(tensor), torch.zeros_like(tensor), count)
+
+
+class _Alone:
+    """A factor whose steps are taken by itself: a chain's core, or one of many rows.
+
+    Args:
+        factor: to move.
+        extents: its number of rows, or of a chain's core its two ranks.
+        decay: of the factor.
+    """
+
+    def __init__(self, factor: nn.Parameter, extents: Sequence[int], decay: float) -> None:
+        self.factors, self._extents, self.decay = [factor], extents, decay
+        self.moved = torch.zeros_like(factor, memory_format=torch.contiguous_format)
+        self._map = Rows(*(factor.detach().new_zeros(block_shape(n)) for n in extents))
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Return the one part of a tensor like `moved`, which is all of it."""
+        return [whole]
+
+    def maps(self) -> list[Rows]:
+        """Return where the map of the factor lies."""
+        return [self._map]
+
+    def slope(self) -> Tensor | None:
+        """Return the gradient by the coordinates, None if there is none."""
+        gradient = self.factors[0].grad
+        return None if gradient is None else self._mapped(gradient).view_as(self.moved)
+
+    def add(self, kept: float | Tensor) -> None:
+        """Add to what is kept of the factor where the step of its coordinates takes it, in place."""
+        [factor] = self.factors
+        factor.mul_(kept).add_(self._mapped(self.moved).view_as(factor))
+        self.moved.zero_()
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        return self._map.on(tensor.reshape(math.prod(self._extents), -1), self._extents)
 
 
 class _Bundle:
@@ -112,38 +148,20 @@ class FactorAdamW:
             for k, factor in enumerate(layer.factors)
             if factor.requires_grad
         }
-        together: dict[tuple[object, ...], list[nn.Parameter]] = defaultdict(list)
-        for p, extents in self._extents.items():
-            if len(extents) == 1 and block_shape(extents[0])[0] == 1:
-                size = (
-                    (extents[0] - 1).bit_length() + 1
-                ) // 2  # so that few are filled up to more than four times theirs
-                together[size, p.numel() // extents[0], self._decays[p], p.dtype].append(p)
-        self._bundles = [
-            _Bundle(members, [self._extents[p][0] for p in members], self._decays[members[0]])
-            for members in together.values()
-        ]
-        self._places = {p: rows for x in self._bundles for p, rows in zip(x.factors, x.maps(), strict=True)}
-        # of the other factors, too, AdamW moves in their place how far their coordinates go in a step
-        self._alone = {
-            p: torch.zeros_like(p, memory_format=torch.contiguous_format)
-            for p in self._extents
-            if p not in self._places
-        }
-        self._rows: dict[nn.Parameter, Rows] = {}
+        self._movers = _movers(self._extents, self._decays)
+        self._maps = {p: rows for mover in self._movers for p, rows in zip(mover.factors, mover.maps(), strict=True)}
         self._taken = 0
         # Fused: one kernel instead of several per tensor, and factorised networks have many small tensors.
         self._fused = device.type in ("cpu", "cuda")
-        moved = (
-            [p for p in self._names if p not in self._extents],
-            self._alone.values(),
-            (x.moved for x in self._bundles),
-        )
-        self._moments = {tensor: _Moments.of(tensor, fused=self._fused) for tensor in chain(*moved)}
-        self._kept = {p: self._moments[self._alone.get(p, p)] for p in self._names if p not in self._places}
-        for bundle in self._bundles:
-            average, square, step = self._moments[bundle.moved]
-            for p, own, its in zip(bundle.factors, bundle.parts(average), bundle.parts(square), strict=True):
+        # of what AdamW moves: in the place of factors how far their coordinates go in a step
+        self._moments: dict[Tensor, _Moments] = {
+            tensor: _Moments.of(tensor, fused=self._fused)
+            for tensor in (*(p for p in self._names if p not in self._maps), *(mover.moved for mover in self._movers))
+        }
+        self._kept = {p: self._moments[p] for p in self._names if p not in self._maps}
+        for mover in self._movers:
+            average, square, step = self._moments[mover.moved]
+            for p, own, its in zip(mover.factors, mover.parts(average), mover.parts(square), strict=True):
                 self._kept[p] = _Moments(own, its, step)
         # on the device, where a step that was recorded reads it
         self._rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else 0.0
@@ -169,31 +187,22 @@ class FactorAdamW:
         """Take the step that is prepared, by work on the device alone, and drop the gradients."""
         slopes: dict[float, dict[Tensor, Tensor]] = defaultdict(dict)  # by what AdamW itself shrinks tensors by
         for p in self._names:
-            if p.grad is None or p in self._places:
-                continue
-            if (moved := self._alone.get(p)) is None:
+            if p.grad is not None and p not in self._maps:
                 slopes[self._decays[p]][p] = p.grad
-            else:
-                slopes[0.0][moved] = self._mapped(p, p.grad).view_as(moved)
-        for bundle in self._bundles:
-            if (slope := bundle.slope()) is not None:
-                slopes[0.0][bundle.moved] = slope
+        moving = [(mover, slope) for mover in self._movers if (slope := mover.slope()) is not None]
+        for mover, slope in moving:
+            slopes[0.0][mover.moved] = slope
         for decay, tensors in slopes.items():
             self._adamw(tensors, decay)
-        for bundle in self._bundles:
-            if bundle.moved in slopes[0.0]:
-                bundle.add(1 - self._rate * bundle.decay)
-        for p, moved in self._alone.items():
-            if p.grad is not None:
-                p.mul_(1 - self._rate * self._decays[p]).add_(self._mapped(p, moved).view_as(p))
-                moved.zero_()
+        for mover, _ in moving:
+            mover.add(1 - self._rate * mover.decay)
         for p in self._names:
             p.grad = None
 
     def _adamw(self, slopes: Mapping[Tensor, Tensor], decay: float) -> None:
         """Take AdamW's step of tensors along their slopes.
 
-        By torch's function: its class imports torch's compiler with the first parameter, which takes two seconds.
+        By torch's function: its class imports torch's compiler with the first parameter, which takes seconds.
         """
         moments = [self._moments[tensor] for tensor in slopes]
         adamw(
@@ -214,11 +223,6 @@ class FactorAdamW:
             maximize=False,
         )
 
-    def _mapped(self, factor: nn.Parameter, tensor: Tensor) -> Tensor:
-        """Return what a tensor like a factor, or of its coordinates, is mapped to, as a matrix."""
-        extents = self._extents[factor]
-        return self._rows[factor].on(tensor.reshape(math.prod(extents), -1), extents)
-
     def _renew(self) -> None:
         """Take the coordinates at the factors as they are, in the place of older ones: a recorded step reads there."""
         for layer in self._layers:
@@ -230,8 +234,7 @@ class FactorAdamW:
 
     def _set(self, factor: nn.Parameter, rows: Rows) -> None:
         """Keep the coordinates of a factor."""
-        own = self._rows.setdefault(factor, self._places.get(factor, rows))
-        for into, part in zip(own, rows, strict=True):
+        for into, part in zip(self._maps[factor], rows, strict=True):
             if into is not None and part is not None:
                 into.copy_(part)
 
@@ -246,14 +249,14 @@ class FactorAdamW:
         """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
         found = {"/taken": torch.tensor(self._taken)}
         for p, name in self._names.items():
-            kinds = {**self._kept[p]._asdict(), **(self._rows[p]._asdict() if p in self._rows else {})}
+            kinds = {**self._kept[p]._asdict(), **(self._maps[p]._asdict() if self._taken and p in self._maps else {})}
             found |= {f"{name}/{kind}": part for kind, part in kinds.items() if part is not None}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
         parameters = {name: p for p, name in self._names.items()}
-        self._taken, self._rows = int(state["/taken"]), {}
+        self._taken = int(state["/taken"])
         for p, extents in self._extents.items() if self._taken else ():
             parts = zip(Rows._fields, extents, strict=False)
             self._set(p, Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts)))
@@ -273,6 +276,21 @@ def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
     """Return how many rows a factor has, or of a chain's core the two ranks that they are made of."""
     edges = (1, *layer.spec.ranks, 1)
     return edges[k : k + 2] if layer.spec.coupling == "chain" else (math.prod(layer.spec.rank_shape(k)),)
+
+
+def _movers(
+    extents: Mapping[nn.Parameter, Sequence[int]], decays: Mapping[nn.Parameter, float]
+) -> list[_Bundle | _Alone]:
+    """Return what takes the steps of all factors; those of like sizes are taken together."""
+    alone, together = [], defaultdict(list)
+    for p, own in extents.items():
+        if len(own) > 1 or block_shape(own[0])[0] > 1:
+            alone.append(_Alone(p, own, decays[p]))
+            continue
+        size = ((own[0] - 1).bit_length() + 1) // 2  # so that rows are filled up to no more than four times theirs
+        together[size, p.numel() // own[0], decays[p], p.dtype].append(p)
+    bundles = [_Bundle(each, [extents[p][0] for p in each], decays[each[0]]) for each in together.values()]
+    return [*alone, *bundles]
 
 
 def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_factors_that_are_moved_together_go_as_they_would_alone():
     layers = layers_of_ranks(5, 1, 4, 3, 5)
     alone = copy.deepcopy(layers)
     together, each = optimizer_of(layers), [optimizer_of(layer) for layer in alone]
-    assert len(together._bundles) < sum(len(optimizer._bundles) for optimizer in each)
+    assert len(together._movers) < sum(len(optimizer._movers) for optimizer in each)
     for _ in range(3):
         images = torch.randn(5, 4, 6, 6)
         sum(layer(images).square().mean() for layer in layers).backward()
