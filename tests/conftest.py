@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,16 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
+
+
+@pytest.fixture(scope="module")
+def short_proxies() -> Iterator[None]:
+    """Let finalists be fine-tuned on a quarter of the images, for the time that it takes."""
+    from kronsearch.search import score
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 4)
+        yield
 
 
 @pytest.fixture(scope="session")

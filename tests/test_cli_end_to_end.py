@@ -19,10 +19,10 @@ from kronsearch.cli import app
 from kronsearch.models.apply import stored_plan
 from kronsearch.models.checkpoint import load_state_dict
 from kronsearch.plan import load_plan
-from kronsearch.search import score
 
 ROOT = Path(__file__).parent.parent
-# finalists are fine-tuned on a quarter of the images, for the time that it takes
+pytestmark = pytest.mark.usefixtures("short_proxies")
+# the same in processes of their own
 SHORT = "from kronsearch.search import score; score._PROXY_IMAGES //= 4"
 PROGRAM = (sys.executable, "-c", f"{SHORT}; from kronsearch.cli import main; main()")
 MODEL = ("--model", "zoo:digits")
@@ -50,7 +50,6 @@ def kronsearch(*args: str, cwd: Path, code: int = 0) -> tuple[str, str]:
     """Run the command line in this process, to spare time, and return what it wrote to stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 4)
         result = CliRunner().invoke(app, args)
     assert result.exit_code == code, result.output
     return result.stdout, result.stderr

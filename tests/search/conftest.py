@@ -5,7 +5,6 @@ from torch import nn
 import kronsearch as ks
 from kronsearch.models.bench import Timing
 from kronsearch.models.shelf import Shelf
-from kronsearch.search import score
 from kronsearch.search.candidates import layer_candidates
 from kronsearch.search.reach import replaceable
 from kronsearch.search.space import SearchSpace
@@ -14,11 +13,8 @@ from kronsearch.sekron.layers import SeKronLayer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_proxies():
-    """Let finalists be fine-tuned on a quarter of the images, for the time that it takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 4)
-        yield
+def _short(short_proxies):
+    """Spare every search here the time of finalists."""
 
 
 @pytest.fixture(scope="session")
