@@ -1,6 +1,5 @@
 """A long fine-tune of a compressed network with the dense one as its teacher, which can be stopped and resumed."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Plan, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
+from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.team import join
@@ -97,7 +97,7 @@ def finetune(
     settings = long_settings(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled
     )
-    dense = copy.deepcopy(model).to(own_device).eval()
+    dense = copied(model).to(own_device).eval()
     evaluate(dense, data, "val", limit=16, device=own_device)  # what can't be done together is known at once
 
     def tell(phase: Phase, done: int, total: int, message: str = "", best: float | None = None) -> None:

@@ -1,6 +1,5 @@
 """Applying a plan: the layers it names are replaced by factorised ones, in a copy of the network."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import holds_groups
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
+from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
 
 __all__ = [
@@ -66,7 +66,7 @@ def apply_plan(
         PlanError: the plan was made for another network.
     """
     check_fits(model, plan)
-    dense = copy.deepcopy(model).to(device)
+    dense = copied(model).to(device)
     settings = plan.decomposition
     metrics: dict[str, Metric] = {}
     if data is not None and settings.calibration_images > 0:
@@ -113,12 +113,8 @@ def factorise(layer: nn.Module, spec: SeKronSpec, metric: Metric | None = None) 
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of a network that has these layers, taken as they are, in the place of its own."""
-    own = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
-    small = copy.deepcopy(model, dict.fromkeys(own))  # what is replaced isn't copied
-    for name, layer in layers.items():
-        small.set_submodule(name, layer)
-    return small
+    """Return a copy of a network that has these layers, taken as they are, wherever it holds its own."""
+    return copied(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
+
+from kronsearch.errors import ModelError
+from kronsearch.training.copies import copied
 
 __all__ = ["KERNEL_OWNERS", "Watched", "dense_reasons", "watch_forward"]
 
@@ -53,14 +57,18 @@ class _WeightReads(TorchFunctionMode):
 
 
 def watch_forward(model: nn.Module, example: Tensor) -> Watched:
-    """Run `model` on `example`, a batch of one, and report what was called with which sizes.
+    """Run a copy of `model` on `example`, a batch of one, and report what was called with which sizes.
 
+    What has its layers replaced is a copy, too. So ModelError is raised where the model can't be copied, or where the
+    copy calls a module of the original, which a function made in `__init__` may keep: it would do so for ever.
     Modes and hooks are the caller's care: this adds hooks to every module and removes them, also when the pass fails.
     """
     seen = Watched()
     running = [""]
     owners: dict[int, str] = {}
     handles = []
+    tensors = chain(model.parameters(), model.buffers())
+    twin = copied(model, {id(tensor): tensor for tensor in tensors})
 
     def watch(name: str, module: nn.Module) -> None:
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,14 +84,25 @@ def watch_forward(model: nn.Module, example: Tensor) -> Watched:
         handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
 
+    def forbid(name: str, module: nn.Module) -> None:
+        def refuse(*_: Any) -> None:
+            raise ModelError(
+                f"{type(model).__name__} calls {name or 'itself'} by a reference that a copy of it keeps, such as a "
+                "function made in __init__: call it in forward as an attribute of self"
+            )
+
+        handles.append(module.register_forward_pre_hook(refuse, prepend=True))
+
     try:
         for name, module in model.named_modules():
+            forbid(name, module)
+        for name, module in twin.named_modules():
             watch(name, module)
             weight = module._parameters.get("weight")
             if isinstance(module, KERNEL_OWNERS) and weight is not None:
                 owners[id(weight)] = name
         with torch.no_grad(), _WeightReads(owners, running, seen.readers):
-            model(example)
+            twin(example)
     finally:
         for handle in handles:
             handle.remove()
@@ -105,19 +124,16 @@ def dense_reasons(model: nn.Module, watched: Watched) -> dict[str, str | None]:
 
     A module registered under several names stands under its first. `watched` is the report of `watch_forward`.
     """
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
     users: dict[tuple[int, int], list[str]] = {}
-    for module, (name, *_) in names.items():
+    for name, module in model.named_modules():
         if (weight := module._parameters.get("weight")) is not None:
             users.setdefault(_place(weight), []).append(name)
     reasons: dict[str, str | None] = {}
-    for module, (name, *aliases) in names.items():
+    for name, module in model.named_modules():
         reason = _kind_reason(module)
         if reason is None:
             sharers = [user for user in users[_place(module.get_parameter("weight"))] if user != name]
-            reason = _use_reason(name, watched, aliases=aliases, sharers=sharers)
+            reason = _use_reason(name, watched, sharers)
             if name == "":
                 reason = "the model itself: nothing holds it that a factorised layer could be put into"
         reasons[name] = reason
@@ -164,11 +180,9 @@ def _has_code_of_its_own(kind: type[nn.Module], base: type[nn.Module]) -> bool:
     return any(name in called or (hasattr(base, name) and not name.startswith("__")) for name in own)
 
 
-def _use_reason(name: str, watched: Watched, *, aliases: list[str], sharers: list[str]) -> str | None:
+def _use_reason(name: str, watched: Watched, sharers: list[str]) -> str | None:
     if sharers:
         return f"weight is shared with {', '.join(sharers)}"
-    if aliases:
-        return f"module is also registered as {', '.join(aliases)}"
     readers = watched.readers.get(name, [])
     if name not in watched.calls:
         return f"not called, its weight is used by {_or_model(readers)}" if readers else "not called"

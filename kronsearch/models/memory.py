@@ -1,6 +1,5 @@
 """How much memory a network and one run of it take."""
 
-import copy
 import json
 import os
 import tempfile
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from kronsearch.training.copies import copied
 
 __all__ = ["peak_memory"]
 
@@ -28,7 +29,7 @@ def peak_memory(network: nn.Module, inputs: Tensor) -> int:
         inputs: which it can run on.
     """
     with torch.inference_mode(False):  # in which layers would keep nothing of such copies
-        network = copy.deepcopy(network)  # without what layers have kept of earlier runs
+        network = copied(network)  # without what layers have kept of earlier runs
     held = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     most = _most_on_cuda if inputs.device.type == "cuda" else _most_on_cpu
     return held + most(lambda: network(inputs), inputs.device)

@@ -1,6 +1,5 @@
 """What timing is made of: runs that take turns, memory layouts, and the conditions that all of them have."""
 
-import copy
 import os
 import platform
 import time
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, first_line
 from kronsearch.models.apply import stream
+from kronsearch.training.copies import copied
 from kronsearch.training.memory import freed_memory_kept
 
 __all__ = [
@@ -48,9 +48,9 @@ class Network:
     """A copy of a network in each memory layout."""
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
-        self.copies: dict[Layout, nn.Module] = {"contiguous": copy.deepcopy(network).to(device).eval()}
+        self.copies: dict[Layout, nn.Module] = {"contiguous": copied(network).to(device).eval()}
         if not any(isinstance(module, nn.Conv3d) for module in network.modules()):  # torch refuses its weight
-            last = copy.deepcopy(network).to(device).eval()
+            last = copied(network).to(device).eval()
             self.copies["channels_last"] = last.to(memory_format=torch.channels_last)
 
     def run(self, layout: Layout, inputs: Tensor) -> Run:

@@ -20,6 +20,7 @@ from kronsearch.search.score import Scorer
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import batch_statistics
+from kronsearch.training.copies import copied
 from kronsearch.training.data import train_inputs
 from kronsearch.training.distillation import softened_divergence
 from kronsearch.training.memory import freed_memory_kept
@@ -109,7 +110,7 @@ def contributions(
     """
     device, task = scorer.device, scorer.data.task
     precision = precision_for(device)
-    dense = copy.deepcopy(scorer.dense)
+    dense = copied(scorer.dense)
     layers = {name: _as_dense(dense.get_submodule(name), scorer.layer(name, spec)) for name, spec in specs.items()}
     network = replace_layers(dense, layers).requires_grad_(False)
     shield_gradients(network, precision, torch.device(device))

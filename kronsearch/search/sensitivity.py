@@ -1,6 +1,5 @@
 """Sensitivities: what a relative squared error of 1 in a layer would cost, by several measures."""
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from kronsearch.search.prepare import Prepared
 from kronsearch.sekron.convolution import kernels_formed
 from kronsearch.sekron.metrics import Metric
 from kronsearch.training.batchnorm import batch_statistics
+from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
@@ -123,7 +123,7 @@ class Damage:
             return float(kept["change"])
         if not self._wanted:
             self._inputs = self._fitting(self._images(images))
-            self._wanted = self._outputs(copy.deepcopy(self._dense))
+            self._wanted = self._outputs(copied(self._dense))
         metric = self._prepared.metrics.get(layer.name)
         small = factorise(self._dense.get_submodule(layer.name), spec, metric)
         if metric is not None:

@@ -1,6 +1,5 @@
 """What a search is about before there is a budget: the network, measured and checked, its data, its error tables."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from kronsearch.search.score import Scorer
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.stopwatch import Setting, Stopwatch
+from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import evaluate
 
@@ -79,9 +79,9 @@ class Subject:
             raise ModelError(
                 f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
             )
-        self.dense = copy.deepcopy(model).to(device).eval()
         self.tell("profile", 0, 1)
-        self.cost = profile_model(self.dense, input_shape=tuple(shape))
+        self.cost = profile_model(model, input_shape=tuple(shape))  # which tells whether a copy runs by itself
+        self.dense = copied(model).to(device).eval()
         self.names = replaceable(self.cost, self.space)
         for name in self.names:
             if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):

@@ -1,10 +1,10 @@
 """The average of a network's weights over its last training steps."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from kronsearch.training.copies import copied
 
 __all__ = ["Average"]
 
@@ -21,7 +21,7 @@ class Average:
     """
 
     def __init__(self, trained: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(trained).eval().requires_grad_(requires_grad=False)
+        self.model = copied(trained).eval().requires_grad_(requires_grad=False)
         self._decay = decay
         pairs = list(zip(_tensors(self.model), _tensors(trained), strict=True))
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -34,7 +34,7 @@ class Average:
         own, theirs = ([pair[k] for pair in self._averaged] for k in (0, 1))
         get_ema_multi_avg_fn(decay)(own, theirs, count)  # type: ignore[no-untyped-call]
         if self._copied:
-            torch._foreach_copy_([copied for copied, _ in self._copied], [source for _, source in self._copied])
+            torch._foreach_copy_([own for own, _ in self._copied], [theirs for _, theirs in self._copied])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The network that a student learns from, made as fast as it goes without being another one."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from kronsearch.training.blocks import Watched, input_of
+from kronsearch.training.copies import copied
 from kronsearch.training.precision import Precision, forward, forward_watched
 from kronsearch.training.randomness import own_randomness
 
@@ -64,12 +64,12 @@ def without_norms(network: nn.Module, example: Tensor, blocks: Sequence[str] = (
         example: a batch that it runs on, on its device.
         blocks: dotted names of modules whose outputs shall stay the same, too.
     """
-    plain = copy.deepcopy(network).eval().requires_grad_(False)
+    plain = copied(network).eval().requires_grad_(False)
     with torch.no_grad():
         pairs = _pairs(plain, example, {plain.get_submodule(name) for name in blocks})
         if not pairs:
             return plain
-        folded = copy.deepcopy(plain)
+        folded = copied(plain)
         for names in pairs:
             _fold(*(folded.get_submodule(name) for name in names))
         wanted, found = _run(plain, example, blocks), _run(folded, example, blocks)

@@ -1,11 +1,15 @@
 """Each reason to keep a layer dense, on the smallest network that has it."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
+from kronsearch.errors import ModelError
 from kronsearch.models.profile import profile_model
 
 
@@ -174,9 +178,27 @@ def test_weight_shared_with_an_embedding():
 def test_module_registered_twice():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
     model.add_module("again", model[0])
-    layer = profile_model(model, input_shape=(4, 8, 8)).layer("0")
+    cost = profile_model(model, input_shape=(4, 8, 8))
+    layer = cost.layer("0")
     assert layer.calls == ((8, 8), (6, 6))
-    assert layer.keeps_dense == "module is also registered as again"
+    assert layer.keeps_dense is None
+    assert [layer.name for layer in cost.layers] == ["0"]
+
+
+def keeps(conv, call):
+    model = Wrapped(conv)
+    model.use = call(model)
+    return model
+
+
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_network_whose_copies_run_its_own_layers_is_refused(again):
+    """What is compressed is a copy: it would go on with the dense layers, and with whatever they learn."""
+    model = keeps(nn.Conv2d(4, 4, 3), lambda model: lambda _, x: model.conv(x))
+    with pytest.raises(ModelError, match=r"^Wrapped calls conv by a reference that a copy of it keeps"):
+        reason(model)
+    kept = keeps(nn.Conv2d(4, 4, 3), lambda model: functools.partial(lambda conv, _, x: conv(x), model.conv))
+    assert reason(again(kept)) is None
 
 
 def test_weight_used_without_the_layer():
