@@ -18,7 +18,7 @@ import typer
 from kronsearch import commands
 from kronsearch.config import Settings, resolve
 from kronsearch.errors import KronsearchError
-from kronsearch.report import one_line
+from kronsearch.tables import one_line
 
 __all__ = ["app", "main"]
 

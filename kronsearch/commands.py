@@ -18,7 +18,6 @@ from kronsearch.given import check_data, data_of, device_of, input_shape_of, mod
 from kronsearch.plan import load_plan
 from kronsearch.report import (
     comparison,
-    console_for,
     evaluation,
     front,
     gain,
@@ -28,6 +27,7 @@ from kronsearch.report import (
     scored_front,
     times,
 )
+from kronsearch.tables import console_for
 from kronsearch.watching import SearchView
 
 if TYPE_CHECKING:

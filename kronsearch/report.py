@@ -1,17 +1,16 @@
 """What the command line prints at the end: tables of profiles, plans and comparisons, made to be read by people."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
-from io import StringIO
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from kronsearch.budget import format_count
 from kronsearch.plan import Plan, PlanBudget
+from kronsearch.tables import FLOPS, add_costs, duration, new_table, one_line, sizes
 
 if TYPE_CHECKING:
     from kronsearch.models.bench import Timing
@@ -23,24 +22,18 @@ if TYPE_CHECKING:
     from kronsearch.training.evaluate import Evaluation
 
 __all__ = [
-    "FLOPS",
     "budget_used",
     "comparison",
-    "console_for",
-    "duration",
     "evaluation",
     "front",
     "gain",
     "latency",
-    "one_line",
     "plan_report",
     "profile_report",
     "scored_front",
     "times",
 ]
 
-FLOPS = "flops (MACs, as fvcore counts)"
-_WIDTH_OF_FILES = 160
 _NAMES = {
     "predicted_error": "predicted error",
     "divergence": "divergence before the fine-tune",
@@ -53,21 +46,6 @@ _PARTS: "dict[Phase, str]" = {  # others prepare
     "final": "final fine-tune",
     "test": "test",
 }
-
-
-def console_for(stream: IO[str] | None = None) -> Console:
-    """Return a console on a stream (stdout) that prints text as it is; what is no terminal gets wide, plain lines.
-
-    A process whose stdout was closed has none: what is printed goes nowhere then.
-    """
-    stream = stream or sys.stdout or StringIO()
-    width = None if stream.isatty() else _WIDTH_OF_FILES
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
-
-
-def one_line(text: object) -> str:
-    """Return the text on one line; what can't be printed, such as escape codes of a foreign file, becomes `?`."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(str(text).split()))
 
 
 def comparison(
@@ -89,7 +67,7 @@ def comparison(
 
 def gain(summary: "Summary", metric: str) -> RenderableType:
     """Return what the trials gained over the plain allocation, and how well cheap measures order plans."""
-    table = _table("on the validation split", numbers=("plain allocation", "winner", "change"))
+    table = new_table("on the validation split", numbers=("plain allocation", "winner", "change"))
     for name, plain, best, digits in (
         (metric, summary.plain, summary.best, ".4f"),
         ("divergence", summary.plain_divergence, summary.best_divergence, ".4g"),
@@ -114,15 +92,6 @@ def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:
     return (
         f"time: {told or duration(sum(parts.values()))}; {tuning / (sum(parts.values()) or 1.0):.0%} of it fine-tuning"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people write them, such as 1h05m, 2m00s or 7s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def budget_used(plan: Plan) -> list[str]:
@@ -156,12 +125,12 @@ def _measured(plan: Plan) -> list[str]:
 
 def plan_report(plan: Plan) -> RenderableType:
     """Return a plan's layers, costs, budget, score and provenance."""
-    layers = _table("layer", "kernel", "becomes", numbers=("squared error",))
+    layers = new_table("layer", "kernel", "becomes", numbers=("squared error",))
     for name, layer in plan.layers.items():
         becomes, error = f"dense: {layer.dense}", ""
         if layer.spec is not None:
             becomes, error = str(layer.spec), f"{layer.error:.4g}"
-        layers.add_row(one_line(name), _sizes(layer.kernel_shape), one_line(becomes), error)
+        layers.add_row(one_line(name), sizes(layer.kernel_shape), one_line(becomes), error)
     lines = [
         *budget_used(plan),
         *_measured(plan),
@@ -180,7 +149,7 @@ def front(found: "Front") -> RenderableType:
     points, dense = found.points, found.points[0].plan.dense
     timed = any(point.plan.latency is not None for point in points)
     numbers = ("MACs", "params", *(("latency",) if timed else ()), "predicted error", "weighed error", "proven gap")
-    table = _table("budget", numbers=numbers, last="plan")
+    table = new_table("budget", numbers=numbers, last="plan")
     for point in points:
         plan, gap = point.plan, point.plan.provenance.gap or 0.0
         table.add_row(
@@ -200,7 +169,7 @@ def front(found: "Front") -> RenderableType:
 def scored_front(found: "ScoredFront", span: str, metric: str) -> RenderableType:
     """Return the points of a search for a front."""
     dense = found.points[0].plan.dense
-    table = _table("budget", numbers=("MACs", "params", metric, "divergence", "trial"), last="plan")
+    table = new_table("budget", numbers=("MACs", "params", metric, "divergence", "trial"), last="plan")
     for point in found.points:
         cost, budget, measured = point.plan.compressed, point.plan.budget, point.measured
         divergence = measured.get("divergence")
@@ -239,25 +208,25 @@ def profile_report(
         smallest: reachable MACs and parameters.
         kept: tells why the search space keeps a layer of this name dense.
     """
-    layers = _table("layer", "kind", "kernel", numbers=("MACs", "params"), last="can be replaced")
+    layers = new_table("layer", "kind", "kernel", numbers=("MACs", "params"), last="can be replaced")
     for layer in cost.layers:
         layers.add_row(
             one_line(layer.name or "(the model itself)"),
             one_line(layer.kind),
-            _sizes(layer.kernel_shape or ()),
+            sizes(layer.kernel_shape or ()),
             format_count(layer.macs),
             format_count(layer.params),
             "yes" if (reason := layer.keeps_dense or kept(layer.name)) is None else one_line(f"no: {reason}"),
         )
-    totals = _table("", numbers=("dense", "smallest reachable", "change"))
-    _add_costs(totals, (cost.macs, cost.params), smallest)
+    totals = new_table("", numbers=("dense", "smallest reachable", "change"))
+    add_costs(totals, (cost.macs, cost.params), smallest)
     note = "Each of the smallest is reached by itself, not both at once."
-    return Group(layers, totals, Text(f"input {_sizes(cost.input_shape)}. {note}"))
+    return Group(layers, totals, Text(f"input {sizes(cost.input_shape)}. {note}"))
 
 
 def evaluation(result: "Evaluation", *, metric: str, split: str) -> RenderableType:
     """Return a network's metric and loss on a split."""
-    table = _table("", numbers=(split,))
+    table = new_table("", numbers=(split,))
     table.add_row(one_line(metric), f"{result.metric:.4f}")
     table.add_row("loss", f"{result.loss:.4f}")
     table.add_row("examples", str(result.n))
@@ -273,7 +242,7 @@ def latency(timings: "list[Timing]") -> RenderableType:
         layouts = f"dense {timing.dense_layout}, compressed {timing.compressed_layout}"
         columns = ("dense ms", "compressed ms", "speed-up", "quartiles", "pairs")
         heading = f"{setting}; {layouts}"
-        table = tables.setdefault(heading, _table("layer", numbers=columns))
+        table = tables.setdefault(heading, new_table("layer", numbers=columns))
         if timing.dense_bytes is not None and timing.compressed_bytes is not None:
             before, after = (size / 2**20 for size in (timing.dense_bytes, timing.compressed_bytes))
             memory[heading] = f"peak memory: dense {before:.2f} MiB, compressed {after:.2f} MiB"
@@ -294,36 +263,10 @@ def latency(timings: "list[Timing]") -> RenderableType:
     return Group(*parts, Text(note))
 
 
-def _table(*texts: str, numbers: tuple[str, ...] = (), last: str | None = None) -> Table:
-    table = Table()
-    for name in texts:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    if last is not None:
-        table.add_column(last, overflow="fold")
-    return table
-
-
 def _costs(plan: Plan, name: str) -> Table:
-    table = _table("", numbers=("dense", name, "change"))
-    _add_costs(table, (plan.dense.macs, plan.dense.params), (plan.compressed.macs, plan.compressed.params))
+    table = new_table("", numbers=("dense", name, "change"))
+    add_costs(table, (plan.dense.macs, plan.dense.params), (plan.compressed.macs, plan.compressed.params))
     return table
-
-
-def _add_costs(table: Table, dense: tuple[int, int], other: tuple[int, int]) -> None:
-    for name, before, after in zip((FLOPS, "params"), dense, other, strict=True):
-        table.add_row(name, format_count(before), format_count(after), _change(before, after))
-
-
-def _change(before: int, after: int) -> str:
-    if not before or not after or before == after:
-        return ""
-    return f"{before / after:.2f}× fewer" if after < before else f"{after / before:.2f}× more"
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
 
 
 def _gap(plan: Plan) -> list[str]:
@@ -339,7 +282,7 @@ def _score(plan: Plan) -> list[str]:
 def _model(plan: Plan) -> str:
     arguments = f" with --model-args '{one_line(json.dumps(plan.model.args))}'" if plan.model.args else ""
     replaced = f"{len(plan.replaced)} of {len(plan.layers)} layers replaced"
-    return f"model: {one_line(plan.model.spec or 'not named')}{arguments}, input {_sizes(plan.input_shape)}, {replaced}"
+    return f"model: {one_line(plan.model.spec or 'not named')}{arguments}, input {sizes(plan.input_shape)}, {replaced}"
 
 
 def _decomposition(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 
 from kronsearch.budget import Budget, format_count, parse_amount
-from kronsearch.report import duration, one_line
+from kronsearch.tables import duration, one_line
 
 if TYPE_CHECKING:
     from kronsearch.progress import Phase, Progress

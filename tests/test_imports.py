@@ -13,7 +13,7 @@ from kronsearch.plan import save_plan
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kronsearch"
 FACADE = "kronsearch"  # the package itself: names for users, imported when they are first used
-CLI = ("cli", "commands", "config", "given", "report", "watching")
+CLI = ("cli", "commands", "config", "given", "report", "tables", "watching")
 LINE = (
     "sekron",
     "training",
@@ -38,7 +38,7 @@ OWNERS = {  # third parties that only these may import
     "optuna": ("kronsearch.search.",),
     "timm": ("kronsearch.models.",),
     "torchvision": ("kronsearch.models.", "kronsearch.training."),
-    "rich": ("kronsearch.report", "kronsearch.watching"),
+    "rich": ("kronsearch.report", "kronsearch.tables", "kronsearch.watching"),
     "yaml": ("kronsearch.yamlfile",),
     "typer": ("kronsearch.cli", "kronsearch.commands", "kronsearch.given"),
 }

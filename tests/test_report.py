@@ -1,27 +1,22 @@
 import io
 from dataclasses import replace
 
-import pytest
-from rich.console import Console
-
 from kronsearch.models.bench import Timing
 from kronsearch.models.profile import LayerCost, ModelCost
 from kronsearch.plan import Latency, LayerPlan, PlanBudget, Provenance, fingerprint
 from kronsearch.report import (
-    FLOPS,
     comparison,
-    console_for,
     evaluation,
     front,
     gain,
     latency,
-    one_line,
     plan_report,
     profile_report,
     times,
 )
 from kronsearch.search.summary import Agreement, Summary
 from kronsearch.search.sweep import Front, Point
+from kronsearch.tables import FLOPS, console_for
 from kronsearch.training.evaluate import Evaluation
 
 
@@ -217,24 +212,3 @@ def test_an_evaluation_is_told():
     assert row(text, "accuracy") == ["accuracy", "0.5000"]
     assert row(text, "loss") == ["loss", "0.2500"]
     assert row(text, "examples") == ["examples", "12"]
-
-
-@pytest.mark.parametrize(
-    ("text", "line"), [("a\nb\t c ", "a b c"), ("\x1b[31m", "?[31m"), ("é ⊗ ×", "é ⊗ ×"), (ValueError("x\r\ny"), "x y")]
-)
-def test_one_line(text, line):
-    assert one_line(text) == line
-
-
-def test_a_terminal_keeps_its_width():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    assert console_for(Terminal()).width == Console(file=Terminal()).width
-    assert console_for(io.StringIO()).width > 120
-
-
-def test_where_stdout_was_closed_nothing_is_printed(monkeypatch):
-    monkeypatch.setattr("sys.stdout", None)
-    console_for().print("nothing")

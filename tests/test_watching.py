@@ -5,7 +5,7 @@ from rich.console import Console
 
 from kronsearch.budget import Budget
 from kronsearch.progress import Progress
-from kronsearch.report import console_for
+from kronsearch.tables import console_for
 from kronsearch.watching import SearchView
 
 
