@@ -36,11 +36,11 @@ SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
 
 @pytest.fixture(scope="module")
 def short_proxies() -> Iterator[None]:
-    """Let finalists be fine-tuned on a quarter of the images, for the time that it takes."""
+    """Let finalists be fine-tuned on a sixteenth of the images, for the time that it takes."""
     from kronsearch.search import score
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 4)
+        patch.setattr(score, "_PROXY_IMAGES", score._PROXY_IMAGES // 16)
         yield
 
 

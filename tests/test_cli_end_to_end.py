@@ -23,7 +23,7 @@ from kronsearch.plan import load_plan
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("short_proxies")
 # the same in processes of their own
-SHORT = "from kronsearch.search import score; score._PROXY_IMAGES //= 4"
+SHORT = "from kronsearch.search import score; score._PROXY_IMAGES //= 16"
 PROGRAM = (sys.executable, "-c", f"{SHORT}; from kronsearch.cli import main; main()")
 MODEL = ("--model", "zoo:digits")
 RUN = ("run", *MODEL, "--data", "digits", "--budget-flops", "50%", "--final-epochs", "0.2")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import fit_chain
 from kronsearch.sekron.fit import fit, working_dtype
+from kronsearch.sekron.kernels import in_units
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.refit import refit
 from kronsearch.sekron.spec import SeKronSpec
@@ -32,15 +32,14 @@ def decompose(
         S tensors of `spec.tensor_shapes`, in the kernel's dtype and on its device, their norms balanced.
 
     Raises:
-        SpecError: the spec is not one of this kernel's shape, or the kernel is not finite.
+        SpecError: the spec is not one of this kernel's shape, or the kernel is not of real and finite numbers.
     """
     spec.check_kernel(kernel.shape)
-    if not bool(kernel.isfinite().all()):
-        raise SpecError("the kernel has entries that are not finite: it can't be decomposed")
     shapes, length = spec.factor_shapes, spec.sequence_length
-    tensor = unfold_kernel(kernel.detach().double(), shapes)
     if length == 1:
         return (kernel.detach().clone(),)
+    kernel, unit = in_units(kernel)
+    tensor = unfold_kernel(kernel.double(), shapes)
     if metric is not None:
         tensor = metric.weight(tensor, shapes)
     joint = length > 2 and refine is not False
@@ -54,7 +53,7 @@ def decompose(
     factors = balanced_factors(matrices, spec)
     if metric is not None and refine is not False:
         factors = balanced_factors(refit(kernel, as_matrices(factors, spec), spec, metric), spec)
-    return tuple(factor.to(kernel.dtype) for factor in factors)
+    return tuple((factor * unit ** (1 / length)).to(kernel.dtype) for factor in factors)
 
 
 def relative_error(kernel: Tensor, factors: Sequence[Tensor], spec: SeKronSpec) -> float:

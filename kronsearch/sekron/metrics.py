@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kronsearch.sekron.kernels import power_of_two
 from kronsearch.sekron.shapes import FactorShapes
 
 __all__ = ["Metric", "Moments", "Root", "nearest_kronecker"]
@@ -122,7 +123,8 @@ class Metric:
     """The weighting of a layer's kernel by its moments, for any sequence of factors.
 
     For a sequence it is `T ×_k M_k` on the unfolded kernel, with `M_k = G_k^½ ⊗ Ω_k^½`. Sequences that divide the in
-    channels and the extent alike share their `Ω_k`, and are met often: the roots are kept.
+    channels and the extent alike share their `Ω_k`, and are met often: the roots are kept. Both moments are taken in
+    units of about the mean of their diagonals: how large a network's outputs are changes no decomposition.
 
     Args:
         moments: of the layer.
@@ -130,6 +132,10 @@ class Metric:
 
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
+        self._units = tuple(
+            1.0 if moment is None else power_of_two(float(moment.diagonal().double().mean()))
+            for moment in (moments.inputs, moments.outputs)
+        )
         self._kept: dict[tuple[bool, tuple[tuple[int, ...], ...]], list[_Pair]] = {}
 
     def forget(self) -> None:
@@ -137,14 +143,20 @@ class Metric:
         self._kept.clear()
 
     def regularised(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return the moments of inputs and outputs as they are, but for the ridge that the roots have as well."""
-        inputs, outputs = self.moments.inputs, self.moments.outputs
-        return _ridged(inputs.to(device, dtype)), None if outputs is None else _ridged(outputs.to(device, dtype))
+        """Return the moments of inputs and outputs, in their units, with the ridge that the roots have as well."""
+        inputs, outputs = (
+            None if moment is None else _ridged((moment / unit).to(device, dtype))
+            for moment, unit in zip((self.moments.inputs, self.moments.outputs), self._units, strict=True)
+        )
+        assert inputs is not None
+        return inputs, outputs
 
     def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[_Pair]:
         key = (outputs, shapes)
         if key not in self._kept:
-            self._kept[key] = [_roots(part) for part in nearest_kronecker(moment.double(), shapes)]
+            self._kept[key] = [
+                _roots(part) for part in nearest_kronecker(moment.double() / self._units[outputs], shapes)
+            ]
         return self._kept[key]
 
     def root(self, factor_shapes: FactorShapes, k: int, like: Tensor, *, inverse: bool = False) -> Root:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import chain_squares
 from kronsearch.sekron.fit import fit, grow, working_dtype
+from kronsearch.sekron.kernels import check_sequence, in_units
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShape, FactorShapes
 from kronsearch.sekron.spec import Coupling
@@ -23,6 +25,7 @@ __all__ = ["ErrorTable", "chain_table", "cp_table", "pair_table", "pair_tables",
 _STEP_SWEEPS = 60  # at each rank of a warm-started ladder: within some percent of a full fit where errors matter
 _LARGE_STEP_SWEEPS = 12  # of a large kernel, where they take seconds
 _KEPT = 2**29  # bytes of Gram matrices that others may be traced from
+_STEEP = 0.1  # of the error at the next lower rank that was fitted
 _NO_ERROR = 1e-12  # float32 fits are no better, and a logarithm is taken
 
 
@@ -60,8 +63,13 @@ def pair_tables(kernel: Tensor, sequences: Sequence[FactorShapes], *, metric: Me
         kernel: (out channels, in channels, *extent).
         sequences: of two factor shapes each.
         metric: of the layer, plain when None.
+
+    Raises:
+        SpecError: a sequence is not one of two factors that multiply to the kernel, or the kernel can't be decomposed.
     """
-    kernel = kernel.detach().to(working_dtype(kernel))
+    for shapes in sequences:
+        _check_pair(kernel, shapes)
+    kernel = in_units(kernel)[0].to(working_dtype(kernel))
     kept: dict[tuple[int, FactorShape], Tensor] = {}  # by side and its factor shape
     tables: dict[int, ErrorTable] = {}
     for index in sorted(range(len(sequences)), key=lambda i: -min(map(prod, sequences[i]))):
@@ -77,6 +85,12 @@ def pair_tables(kernel: Tensor, sequences: Sequence[FactorShapes], *, metric: Me
             kept[side, shapes[side]] = gram
         tables[index] = _table_of(gram, shapes)
     return [tables[index] for index in range(len(sequences))]
+
+
+def _check_pair(kernel: Tensor, factor_shapes: FactorShapes) -> None:
+    if len(factor_shapes) != 2:
+        raise SpecError(f"a table of pairs takes two factors, {factor_shapes} has {len(factor_shapes)}")
+    check_sequence(kernel, factor_shapes)
 
 
 def _traced(kept: Mapping[tuple[int, FactorShape], Tensor], side: int, shape: FactorShape) -> Tensor | None:
@@ -115,31 +129,50 @@ def cp_table(
 
     The kernel is fitted at rank 1 and `fits` others in equal ratios, each fit starting from the one before it. Fitted
     errors are upper bounds: a longer fit is lower, by some percent where the error is above a hundredth. Between them
-    the error is interpolated (it is smooth in the rank) at three times as many ranks.
+    the error is interpolated (it is smooth in the rank) at three times as many ranks. Where it falls to less than a
+    tenth, as at the rank of a kernel that was made of so many terms, ranks between are fitted as well.
 
     Raises:
-        SpecError: fewer than two fits: all between would be a guess.
+        SpecError: fewer than two fits: all between would be a guess. Or the factor shapes don't multiply to the kernel,
+            or it can't be decomposed.
     """
     if fits < 2:
         raise SpecError(f"a table of ranks up to {highest} from {fits} fits was asked for: it takes two at the least")
-    tensor = unfold_kernel(kernel.detach().to(working_dtype(kernel)), factor_shapes)
+    check_sequence(kernel, factor_shapes)
+    tensor = unfold_kernel(in_units(kernel)[0].to(working_dtype(kernel)), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     ones = (1,) * (len(factor_shapes) - 2)
     sweeps = _STEP_SWEEPS if tensor.dtype == torch.float64 else _LARGE_STEP_SWEEPS
-    matrices: list[Tensor] | None = None
-    fitted = rank_grid(highest, points=fits)
-    errors: list[float] = []
-    for rank in fitted:
-        start = None if matrices is None else grow(tensor, matrices, rank)
+    grid = rank_grid(highest, points=fits)
+    found: dict[int, tuple[list[Tensor], float]] = {}  # by rank, the factor matrices and their error
+    below: int | None = None
+    rank: int | None = grid[0] if grid else None
+    while rank is not None:
+        start = None if below is None else grow(tensor, found[below][0], rank)
         matrices, error = fit(tensor, (rank, *ones), start=start, sweeps=sweeps)
-        errors.append(min([max(error, _NO_ERROR), *errors[-1:]]))
+        found[rank] = matrices, max(error, _NO_ERROR)
+        below, rank = _next_fit(grid, {rank: error for rank, (_, error) in found.items()})
+    fitted = sorted(found)
+    errors = np.minimum.accumulate([found[rank][1] for rank in fitted])
     ranks = sorted({*fitted, *rank_grid(highest, points=4 * fits)})
     if len(fitted) > 1:
-        errors = np.exp(PchipInterpolator(np.log(fitted), np.log(errors))(np.log(ranks))).tolist()
+        errors = np.exp(PchipInterpolator(np.log(fitted), np.log(errors))(np.log(ranks)))
     table = np.ones((len(ranks), len(factor_shapes) - 1), dtype=np.int64)
     table[:, 0] = ranks
     return ErrorTable(factor_shapes, table, np.asarray(errors))
+
+
+def _next_fit(grid: Sequence[int], errors: Mapping[int, float]) -> tuple[int | None, int | None]:
+    """Return the rank to begin a fit with and the one to fit: of the grid, then in steps; None if nothing is left."""
+    done = sorted(errors)
+    for rank in grid:
+        if rank not in errors:
+            return done[-1], rank
+    for low, high in pairwise(done):
+        if high - low > 1 and errors[high] < _STEEP * errors[low]:
+            return low, (low + high) // 2
+    return None, None
 
 
 def chain_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | None = None) -> ErrorTable:
@@ -153,7 +186,8 @@ def chain_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric |
     """
     if len(factor_shapes) != 3:
         raise SpecError(f"a table of chains takes three factors, {factor_shapes} has {len(factor_shapes)}")
-    tensor = unfold_kernel(kernel.detach().double(), factor_shapes)
+    check_sequence(kernel, factor_shapes)
+    tensor = unfold_kernel(in_units(kernel)[0].double(), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     squares = chain_squares(tensor).cpu().numpy()

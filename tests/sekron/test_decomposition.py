@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kronsearch.sekron
 from kronsearch.errors import SpecError
-from kronsearch.sekron import SeKronSpec, decompose, reconstruct, relative_error
+from kronsearch.sekron import Metric, Moments, SeKronSpec, decompose, reconstruct, relative_error
 
 CP = ((6, 1, 1, 1), (1, 1, 3, 3), (1, 5, 1, 1))
 
@@ -110,6 +110,42 @@ def test_a_kernel_that_is_not_finite_is_refused(entry):
     kernel[1, 2] = entry
     with pytest.raises(SpecError, match="entries that are not finite"):
         decompose(kernel, SeKronSpec(((4, 1), (1, 4)), (1,)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (torch.ones(4, 4, dtype=torch.complex64), "the kernel is complex64: only"),
+        (torch.ones(4, 4, dtype=torch.int64), "the kernel is int64: only"),
+        (torch.ones(4, 4, device="meta"), "the kernel is on the meta device"),
+    ],
+)
+def test_a_kernel_that_is_not_of_real_numbers_is_refused(kernel, message):
+    with pytest.raises(SpecError, match=message):
+        decompose(kernel, SeKronSpec(((4, 1), (1, 4)), (1,)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SeKronSpec(CP, (4, 1)), SeKronSpec(CP, (3, 3), "chain"), SeKronSpec((*CP[:1], (1, 5, 3, 3)), (3,))],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("kernels", "inputs", "outputs"), [(1e-20, 1, 1), (1e18, 1, 1), (1, 1e-10, 1e-10), (1, 1e8, 1e10), (1e-6, 1e6, 1)]
+)
+def test_the_unit_of_a_kernel_and_of_its_moments_changes_nothing(spec, kernels, inputs, outputs):
+    """A layer that is all but dead behind its batch norm, or a network of large outputs, is one like any other."""
+    kernel, rows, columns = (
+        draw_kernel(shape, k, torch.float32) for k, shape in enumerate([(6, 5, 3, 3), (99, 45), (99, 6)])
+    )
+    moments = [rows.T @ rows / 99, columns.T @ columns / 99]
+
+    def error(kernels, inputs, outputs):
+        factors = decompose(kernel * kernels, spec, metric=Metric(Moments(moments[0] * inputs, moments[1] * outputs)))
+        lost = kernel.double() - reconstruct([factor.double() for factor in factors], spec) / kernels
+        return Metric(Moments(*moments)).energy(lost)
+
+    assert error(kernels, inputs, outputs) == pytest.approx(error(1, 1, 1), rel=0.02)
 
 
 def test_a_kernel_of_zeros():

@@ -22,6 +22,8 @@ from kronsearch.sekron import (
     factor_pairs,
     pair_table,
     pair_tables,
+    reconstruct,
+    relative_error,
 )
 from kronsearch.sekron import tables as module
 from kronsearch.sekron.tables import rank_grid
@@ -227,6 +229,35 @@ def test_a_metric_weighs_chain_tables_and_other_lengths_are_refused(generator):
     assert error == pytest.approx(float(values[2:].sum() / values.sum()))
     with pytest.raises(SpecError, match=r"takes three factors, .* has 2"):
         chain_table(kernel, ((6, 1, 1, 1), (1, 4, 3, 3)))
+
+
+@pytest.mark.parametrize(
+    "table", [lambda kernel, shapes: pair_table(kernel, shapes[:2]), chain_table, lambda *of: cp_table(*of, 8, fits=3)]
+)
+def test_what_can_not_be_tabulated_is_refused(table):
+    shapes = ((6, 1, 3, 1), (1, 4, 1, 3), (1, 1, 1, 1))
+    with pytest.raises(SpecError, match=r"multiply to \(6, 4, 3, 3\), not to the kernel's shape \(6, 4, 3\)"):
+        table(torch.ones(6, 4, 3), shapes)
+    with pytest.raises(SpecError, match="entries that are not finite"):
+        table(torch.full((6, 4, 3, 3), torch.inf), shapes)
+    with pytest.raises(SpecError, match=r"takes two factors, .* has 3"):
+        pair_table(torch.ones(6, 4, 3, 3), shapes)
+
+
+def test_errors_of_a_kernel_of_few_terms_are_not_promised_below_its_rank():
+    """Between fits that are far apart the error is not smooth: at the rank of the kernel it falls to nothing."""
+    spec = SeKronSpec(cp_sequence((24, 20, 3, 3)), (12, 1))
+    generator = torch.Generator().manual_seed(3)
+    kernel = reconstruct(
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in spec.tensor_shapes], spec
+    )
+    table = cp_table(kernel, spec.factor_shapes, 60, fits=5)
+    told = dict(zip(table.ranks[:, 0].tolist(), table.errors.tolist(), strict=True))
+    assert told[max(rank for rank in told if rank < 12)] > 1e-3
+    assert told[min(rank for rank in told if rank >= 12)] < 1e-6
+    for rank in (rank for rank in told if rank < 12):
+        found = decompose(kernel, SeKronSpec(spec.factor_shapes, (rank, 1)))
+        assert told[rank] > 0.5 * relative_error(kernel, found, SeKronSpec(spec.factor_shapes, (rank, 1))) ** 2
 
 
 @pytest.mark.parametrize("shape", [(8, 12, 3, 3), (16, 12), (12, 6, 3), (4, 4, 3, 2, 2)])
