@@ -1,6 +1,5 @@
 """Applying a plan: the layers it names are replaced by factorised ones, in a copy of the network."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,15 +7,14 @@ from torch import nn
 
 from kronsearch.errors import CheckpointError, PlanError
 from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.models.factorised import empty_layer, factorise, replace_layers
 from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
 from kronsearch.plan import Cost, Plan, parse_plan
 from kronsearch.progress import Progress, Watcher, ignore
-from kronsearch.sekron.convolution import conv_like
-from kronsearch.sekron.layers import Conv, SeKronLayer, SeKronLinear
+from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import holds_groups
-from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
@@ -24,11 +22,9 @@ from kronsearch.training.data import Data
 __all__ = [
     "apply_plan",
     "calibrate",
-    "factorise",
     "is_compressed",
     "load_compressed",
     "measured",
-    "replace_layers",
     "save_compressed",
     "settle",
     "skeleton",
@@ -97,24 +93,6 @@ def calibrate(
 def settle(model: nn.Module, data: Data, *, images: int, seed: int, device: torch.device | str) -> None:
     """Re-estimate batch-norm statistics in place; the same seed, network and data give the same."""
     reestimate_batchnorm(model, data, images=images, generator=stream(seed, _SETTLING), device=device)
-
-
-def factorise(layer: nn.Module, spec: SeKronSpec, metric: Metric | None = None) -> SeKronLayer:
-    """Return the factorised layer of a dense one.
-
-    Raises:
-        PlanError: the layer is neither a convolution nor a `Linear`.
-    """
-    if isinstance(layer, Conv):
-        return conv_like(layer).from_conv(layer, spec, metric=metric)
-    if isinstance(layer, nn.Linear):
-        return SeKronLinear.from_linear(layer, spec, metric=metric)
-    raise PlanError(f"a {type(layer).__name__} can't be factorised, only Conv1d, Conv2d, Conv3d and Linear can")
-
-
-def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of a network that has these layers, taken as they are, wherever it holds its own."""
-    return copied(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
@@ -216,11 +194,3 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     return replace_layers(
         model, {name: empty_layer(model.get_submodule(name), spec) for name, spec in plan.replaced.items()}
     )
-
-
-def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:
-    """Return the factorised layer of a dense one with factors of zeros."""
-    if isinstance(layer, Conv):
-        return conv_like(layer).empty(layer, spec)
-    assert isinstance(layer, nn.Linear)
-    return SeKronLinear.empty(layer, spec)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -126,14 +127,17 @@ def dense_reasons(model: nn.Module, watched: Watched) -> dict[str, str | None]:
     """
     users: dict[tuple[int, int], list[str]] = {}
     for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            users.setdefault(_place(weight), []).append(name)
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_lazy(parameter):
+                users.setdefault(_place(parameter), []).append(name)
     reasons: dict[str, str | None] = {}
     for name, module in model.named_modules():
         reason = _kind_reason(module)
         if reason is None:
-            sharers = [user for user in users[_place(module.get_parameter("weight"))] if user != name]
-            reason = _use_reason(name, watched, sharers)
+            reason = _use_reason(name, watched)
+            for kind, parameter in module.named_parameters(recurse=False):
+                if sharers := [_or_model([user]) for user in users[_place(parameter)] if user != name]:
+                    reason = f"{kind} is shared with {', '.join(sharers)}"
             if name == "":
                 reason = "the model itself: nothing holds it that a factorised layer could be put into"
         reasons[name] = reason
@@ -160,6 +164,8 @@ def _kind_reason(module: nn.Module) -> str | None:
         return "weight is computed from others (weight norm, pruning)"
     if not weight.is_floating_point():
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
+    if module._modules or module._buffers or module._parameters.keys() - {"weight", "bias"}:
+        return "holds modules, parameters or buffers beside its weight and bias"
     if "forward" in module.__dict__:
         return "forward is replaced on the instance"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -180,9 +186,7 @@ def _has_code_of_its_own(kind: type[nn.Module], base: type[nn.Module]) -> bool:
     return any(name in called or (hasattr(base, name) and not name.startswith("__")) for name in own)
 
 
-def _use_reason(name: str, watched: Watched, sharers: list[str]) -> str | None:
-    if sharers:
-        return f"weight is shared with {', '.join(sharers)}"
+def _use_reason(name: str, watched: Watched) -> str | None:
     readers = watched.readers.get(name, [])
     if name not in watched.calls:
         return f"not called, its weight is used by {_or_model(readers)}" if readers else "not called"

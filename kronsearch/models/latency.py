@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kronsearch.models.apply import empty_layer, replace_layers, stream
+from kronsearch.models.apply import stream
+from kronsearch.models.factorised import empty_layer, replace_layers
 from kronsearch.models.timing import Clock, Run, wait_for
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.spec import SeKronSpec

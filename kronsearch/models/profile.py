@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from kronsearch.errors import ModelError, first_line
 from kronsearch.models.dense import KERNEL_OWNERS, Watched, dense_reasons, watch_forward
+from kronsearch.models.probe import unfit_layers
 from kronsearch.models.trace_ops import FREE_OPS, HANDLERS
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.execution import Geometry, dense_macs
@@ -95,23 +96,27 @@ def profile_model(
     found. Raises ModelError if it can't run on such an input, or if it runs an operator whose cost nobody knows.
     """
     example = _example(model, input_shape, device)
-    with _left_as_found(model), torch.no_grad():
+    with _left_as_found(model) as fast_attention, torch.no_grad():
         model.eval()
         asked = f"an input of shape (1, {', '.join(map(str, input_shape))})"
         with _as_model_error(f"{type(model).__name__} can't run on {asked}"):
             watched = watch_forward(model, example)
         with _as_model_error(f"the operators of {type(model).__name__} can't be counted"):
             macs = _own_macs(model, example)
+        reasons = dense_reasons(model, watched)
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        unfit = unfit_layers(model, example, [name for name, reason in reasons.items() if reason is None])
     return ModelCost(
         macs=sum(macs.values()),
         params=sum(parameter.numel() for parameter in model.parameters()),
-        layers=_layers(model, macs, watched),
+        layers=_layers(model, macs, watched, {**reasons, **unfit}),
         input_shape=tuple(input_shape),
     )
 
 
-def _layers(model: nn.Module, macs: dict[str, int], watched: Watched) -> tuple[LayerCost, ...]:
-    reasons = dense_reasons(model, watched)
+def _layers(
+    model: nn.Module, macs: Mapping[str, int], watched: Watched, reasons: Mapping[str, str | None]
+) -> tuple[LayerCost, ...]:
     modules = dict(model.named_modules())
     costs = []
     for name in dict.fromkeys((*watched.order, *modules)):
@@ -181,23 +186,29 @@ def _example(model: nn.Module, input_shape: tuple[int, ...], device: torch.devic
         )
     if any(tensor.is_meta for tensor in tensors):
         raise ModelError(f"{type(model).__name__} has tensors on the meta device, which hold no values; load it first")
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is compiled: pass the network as it was before (`model._orig_mod`), and compile "
+            "what becomes of it"
+        )
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
     place = device if device is not None else next((tensor.device for tensor in tensors), "cpu")
     return torch.zeros(1, *input_shape, dtype=dtype, device=place)
 
 
 @contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
+def _left_as_found(model: nn.Module) -> Iterator[bool]:
     """Restore each module's mode and hooks on leaving: fvcore leaves its hooks behind when a trace fails.
 
-    Inside, attention runs by its plain operators, because its fused kernel is one that fvcore can't see into.
+    Inside, attention runs by its plain operators, because its fused kernel is one that fvcore can't see into. What is
+    given tells whether it would run by that.
     """
     modes = {module: module.training for module in model.modules()}
     hooks = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        yield fast_attention
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
         for module, mode in modes.items():

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronsearch.models.apply import replace_layers, stream
+from kronsearch.models.apply import stream
+from kronsearch.models.factorised import replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.allocate import Allocation
 from kronsearch.search.decode import Problem, Weighing

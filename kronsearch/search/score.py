@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from kronsearch.finetuning.validation import Validation
-from kronsearch.models.apply import factorise, replace_layers, settle, stream
+from kronsearch.models.apply import settle, stream
+from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.plan import Decomposition
 from kronsearch.search.effort import affordable
 from kronsearch.sekron.layers import SeKronLayer

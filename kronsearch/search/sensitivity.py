@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.choices import SensitivityName
-from kronsearch.models.apply import factorise, replace_layers, stream
+from kronsearch.models.apply import stream
+from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.effort import affordable

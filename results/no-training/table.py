@@ -11,7 +11,8 @@ import sys
 import time
 
 import kronsearch as ks
-from kronsearch.models.apply import factorise, replace_layers, settle
+from kronsearch.models.apply import settle
+from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
 from kronsearch.search.decode import Problem, Weighing

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kronsearch as ks
-from kronsearch.models.apply import replace_layers
+from kronsearch.models.factorised import replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.allocate import Choices
 from kronsearch.search.candidates import Candidates

@@ -161,6 +161,27 @@ def test_weight_shared_by_two_layers():
     assert reason(model, "1") is None
 
 
+def test_a_bias_shared_by_two_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    cost = profile_model(model, input_shape=(4,))
+    assert cost.layer("0").keeps_dense == "bias is shared with 1"
+    assert cost.layer("1").keeps_dense == "bias is shared with 0"
+
+
+def test_weight_in_a_list_of_parameters():
+    model = Wrapped(nn.Conv2d(4, 4, 3))
+    model.decayed = nn.ParameterList([model.conv.weight])
+    assert reason(model) == "weight is shared with decayed"
+
+
+def test_a_layer_that_holds_more_than_its_kernel_and_bias():
+    for name, kept in (("adapter", nn.Linear(2, 2)), ("scale", nn.Parameter(torch.ones(1)))):
+        conv = nn.Conv2d(4, 4, 3)
+        setattr(conv, name, kept)
+        assert reason(Wrapped(conv)) == "holds modules, parameters or buffers beside its weight and bias"
+
+
 def test_weight_shared_with_an_embedding():
     class Tied(nn.Module):
         def __init__(self):

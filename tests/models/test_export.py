@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kronsearch.models.apply import empty_layer, replace_layers
+from kronsearch.models.factorised import empty_layer, replace_layers
 from kronsearch.models.loading import load_model
 from kronsearch.sekron import SeKronSpec
 

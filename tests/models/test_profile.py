@@ -211,6 +211,11 @@ class Kron(nn.Module):
         (nn.LazyConv2d(4, 3), (3, 8, 8), "has lazy layers"),
         (nn.Linear(4, 3, device="meta"), (4,), "on the meta device"),
         (Kron(), (4,), "it runs kron in Kron"),
+        (
+            torch.compile(nn.Linear(4, 3), backend="eager"),
+            (4,),
+            "OptimizedModule is compiled: pass the network as it was",
+        ),
     ],
 )
 def test_errors_are_one_line(model, shape, message):

@@ -8,7 +8,7 @@ from torch import nn
 
 from kronsearch.errors import ModelError
 from kronsearch.models import statistics
-from kronsearch.models.apply import factorise
+from kronsearch.models.factorised import factorise
 from kronsearch.models.statistics import gather_moments
 from kronsearch.sekron import Metric, SeKronSpec
 from kronsearch.training.data import TensorData

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kronsearch.budget import Limits
-from kronsearch.models.apply import replace_layers
+from kronsearch.models.factorised import replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
 from kronsearch.search import context as module

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kronsearch as ks
-from kronsearch.models.apply import factorise
+from kronsearch.models.factorised import factorise
 from kronsearch.models.shelf import Shelf
 from kronsearch.plan import Decomposition
 from kronsearch.search import sensitivity as module

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from kronsearch.models.apply import factorise, replace_layers
 from kronsearch.models.bench import bench
+from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.models.statistics import gather_moments
 from kronsearch.sekron import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
