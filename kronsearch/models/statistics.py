@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class _Layer:
         self.mean = torch.zeros_like(self.origin)
         self.outputs = torch.zeros(len(layer.weight), len(layer.weight), device=layer.weight.device)
         self.patches = 0  # of each group
-        self.before_norm = False
+        self.before_norm = self.derived = False
 
     def see_inputs(self, data: Tensor) -> None:
         if data.numel() == 0:
@@ -57,9 +58,10 @@ class _Layer:
             self.patches += len(rows) // self.groups
 
     def see_gradients(self, gradient: Tensor) -> None:
+        self.derived = True
         rows = gradient.detach().float()
         if isinstance(self.layer, nn.Linear):
-            rows = rows.flatten(0, -2)
+            rows = rows.reshape(-1, rows.shape[-1])
         else:
             rows = self._batched(rows).flatten(2).mT.flatten(0, 1)
         self.outputs.addmm_(rows.T, rows)
@@ -72,7 +74,7 @@ class _Layer:
         """Yield the inputs of every output, or of a grid of them, (examples, groups, patches, C·prod(extent))."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
-            rows = data.flatten(0, -2)
+            rows = data.reshape(-1, data.shape[-1])
             step = math.ceil(len(rows) / len(data) * self.images / _MOST_PATCHES)
             yield rows[self._offset(step, len(rows)) :: step][None, None]
             return
@@ -108,8 +110,9 @@ class _Layer:
         has_bias = self.layer.bias is not None
         if not (self.before_norm or has_bias):
             inputs = inputs + mean.T @ mean / groups
-        outputs = self.outputs / images
-        if groups > 1:  # an output meets no other group's inputs, so the two can't make up for each other
+        outputs = self.outputs / images if self.derived else None
+        if outputs is not None and groups > 1:
+            # an output meets no other group's inputs, so the two can't make up for each other
             own = torch.eye(groups, device=outputs.device)[:, None, :, None]
             outputs = (outputs.reshape(groups, -1, groups, len(outputs) // groups) * own).reshape(outputs.shape)
         return Moments(inputs, outputs, mean if has_bias and not self.before_norm else None)
@@ -132,7 +135,9 @@ def gather_moments(
     the outputs' squared error: it needs no labels and no task, and on networks that have memorised their training
     images it was far better than the label loss, whose gradients come from a few of them.
     The inputs' moments are centred where a batch norm or the layer's own bias takes up a change of the mean output.
-    A grouped convolution has one kernel's moment, the mean over its groups, each of them centred by itself.
+    A grouped convolution has one kernel's moment, the mean over its groups, each of them centred by itself. There are
+    no gradients' moments of a layer whose output the network's doesn't depend on by a gradient, such as one that runs
+    under `torch.no_grad`.
 
     Args:
         model: the dense network, on `device`; run in eval mode, and left as it was.
@@ -144,7 +149,7 @@ def gather_moments(
         device: to run on.
 
     Raises:
-        ModelError: the moments of a layer are not finite.
+        ModelError: the moments of a layer are not finite, or the network's outputs have no gradient at all.
     """
     layers = {name: model.get_submodule(name) for name in names}
     sums = {
@@ -153,11 +158,25 @@ def gather_moments(
         if isinstance(layer, Conv | nn.Linear) and layer.weight[0].numel() <= _WIDEST
     }
     produced: dict[int, tuple[Tensor, int, _Layer]] = {}
+    roots: list[Tensor] = []  # where gradients go back to
+
+    def rooted(value: Any) -> Any:
+        """Return an input that gradients go back to, whatever stands before it: tokens, or layers without gradients."""
+        if not (isinstance(value, Tensor) and value.is_floating_point() and torch.is_grad_enabled()):
+            return value
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+            roots.append(value)
+        return value
+
+    def before(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(rooted, inputs)), {name: rooted(value) for name, value in named.items()}
 
     def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             seen.see_inputs(input_of(inputs, named))
-            produced[id(output)] = (output, output._version, seen)
+            if not output.is_inference():  # of which no versions are counted
+                produced[id(output)] = (output, output._version, seen)
             if output.requires_grad:
                 output.register_hook(seen.see_gradients)  # type: ignore[no-untyped-call]
 
@@ -170,7 +189,12 @@ def gather_moments(
 
     done = 0
     with ExitStack() as stack:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # so that gradients go to the roots alone
+                stack.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
         for name, seen in sums.items():
+            stack.callback(layers[name].register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layers[name].register_forward_hook(on_forward(seen), with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -179,13 +203,17 @@ def gather_moments(
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         for batch in train_inputs(data, min(_BATCH, images), images, generator=generator, device=device):
-            # the inputs ask for gradients so that every layer's output does, frozen weights or not
-            inputs = batch.detach().requires_grad_()
-            outputs = forward(model, inputs, "float32")
+            outputs = forward(model, rooted(batch).clone(), "float32")  # which the network may change in place
             direction = torch.randn(outputs.shape, generator=generator).to(outputs)
-            torch.autograd.grad(outputs, inputs, direction)
+            if not outputs.requires_grad:
+                raise ModelError(
+                    f"the outputs of {type(model).__name__} have no gradient by those of its layers, so it can't be "
+                    "trained: pass one that doesn't run under torch.no_grad, and returns no choices such as argmax"
+                )
+            torch.autograd.grad(outputs, roots, direction, allow_unused=True)
             produced.clear()
-            done += len(inputs)
+            roots.clear()
+            done += len(batch)
     moments = {name: seen.moments(done) for name, seen in sums.items()}
     for name, found in moments.items():
         for tensor, what in ((found.inputs, "what enters"), (found.outputs, "the gradients that come back to")):

@@ -116,8 +116,8 @@ def device_name(device: torch.device) -> str:
 
 
 def random_inputs(*shape: int, device: torch.device | str) -> Tensor:
-    """Return the random inputs that networks are timed on, (batch, *input shape)."""
-    return torch.randn(*shape, generator=stream(0, _INPUTS)).to(device)
+    """Return the random inputs that networks are timed on, (batch, *input shape); as tokens, all are the first."""
+    return torch.rand(*shape, generator=stream(0, _INPUTS)).to(device)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def as_model_error(shape: tuple[int, ...]) -> Iterator[None]:
     """Turn what torch says of inputs that a network can't run on into one line."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         reason = first_line(error)
         raise ModelError(
             f"the network can't run on inputs of shape {shape} ({reason}): pass a smaller batch, and the "

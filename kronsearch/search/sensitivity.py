@@ -43,7 +43,8 @@ def estimated(
         name: `plain`, 1 for each layer: its relative error is all that counts; `absolute`, its kernel's squared norm;
             `inputs`, the mean square of what it puts out; `fisher` (and where it can't be measured, `measured`), the
             mean square of what that changes in the network's outputs: the energy of the kernel in its metric. Of a
-            layer without a metric it is the median of the others'; 1 where no layer has one.
+            layer without a metric, or for `fisher` without gradients, it is the median of the others'; 1 where no layer
+            has one.
         dense: the network.
         names: its replaceable layers.
         metrics: of these.
@@ -56,6 +57,8 @@ def estimated(
         return {each: float(kernel.double().square().sum()) for each, kernel in kernels.items()}
     if name == "inputs":
         metrics = {each: Metric(replace(metric.moments, outputs=None)) for each, metric in metrics.items()}
+    else:
+        metrics = {each: metric for each, metric in metrics.items() if metric.moments.outputs is not None}
     # below zero by rounding, where inputs are constant
     return _filled({each: max(0.0, metric.energy(kernels[each])) for each, metric in metrics.items()}, names)
 

@@ -206,6 +206,62 @@ def test_a_frozen_network_has_gradients_all_the_same(net):
     frozen = Net().eval().requires_grad_(False)
     found = gather_moments(frozen, make_data(), ["first"], images=IMAGES, generator=generator())["first"]
     assert float(found.outputs.diagonal().sum()) > 0
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+class Cut(nn.Module):
+    """Layers before and behind a place that no gradient passes, as tokens, frozen parts and in-place changes have."""
+
+    def __init__(self, before, cut, behind=lambda self, x: self.last(x)):
+        super().__init__()
+        self.first, self.last = nn.Linear(60, 6), nn.Linear(6, 3)
+        self.before, self.cut, self.behind = before, cut, behind
+
+    def forward(self, x):
+        return self.behind(self, self.cut(self.before(self, x.flatten(1))))
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        return self.first(x)
+
+
+@pytest.mark.parametrize(
+    ("before", "cut", "first_has"),
+    [
+        (lambda self, x: self.first(x), lambda h: h, True),
+        (lambda self, x: self.first(x.mul_(2)), lambda h: h, True),
+        (lambda self, x: self.first(x.long().float()), lambda h: h, True),
+        (lambda self, x: self.first(x), lambda h: h.detach(), False),
+        (without_gradients, lambda h: h, False),
+        (lambda self, x: torch.stack([self.first(row) for row in x]), lambda h: h, True),
+    ],
+    ids=["nothing", "in place", "whole numbers", "detached", "no_grad", "vectors"],
+)
+def test_gradients_are_those_behind_whatever_stands_before(before, cut, first_has):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Cut(before, cut).eval()
+    found = gather_moments(net, make_data(), ["first", "last"], images=IMAGES, generator=generator())
+    assert (found["first"].outputs is not None) == first_has
+    plain = Cut(lambda self, x: self.first(x), lambda h: h).eval()
+    plain.load_state_dict(net.state_dict())
+    whole = gather_moments(plain, make_data(), ["first", "last"], images=IMAGES, generator=generator())
+    assert torch.equal(found["last"].outputs, whole["last"].outputs)
+    if first_has:
+        torch.testing.assert_close(found["first"].outputs, whole["first"].outputs)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+    assert not net.first._forward_pre_hooks
+
+
+def test_a_network_without_gradients_is_refused():
+    for behind in (
+        lambda self, h: self.last(h).argmax(1).float(),
+        torch.inference_mode()(lambda self, h: self.last(h)),
+    ):
+        net = Cut(without_gradients, lambda h: h, behind).eval()
+        with pytest.raises(ModelError, match="have no gradient by those of its layers, so it can't be trained"):
+            gather_moments(net, make_data(), ["first", "last"], images=IMAGES, generator=generator())
 
 
 # Convolutions of every rank and grouping: the 60 numbers of an image are viewed in the shape that the layer takes.

@@ -46,6 +46,8 @@ def test_estimates_are_the_energies_by_their_formulas():
     assert estimated("fisher", net, ["a", "b"], metrics) == pytest.approx(
         dict.fromkeys("ab", 7 * rows[0] + 11 * rows[1])  # b has no metric: the median of those that have
     )
+    underived = {**metrics, "b": Metric(Moments(inputs))}  # b has no gradients, without which its unit is another
+    assert estimated("fisher", net, ["a", "b"], underived) == estimated("fisher", net, ["a", "b"], metrics)
     assert estimated("inputs", net, ["a"], metrics) == pytest.approx({"a": sum(rows)})
     assert estimated("absolute", net, ["a", "b"], metrics) == pytest.approx(dict.fromkeys("ab", 1 + 4 + 9))
     assert estimated("plain", net, ["a", "b"], metrics) == dict.fromkeys("ab", 1.0)
