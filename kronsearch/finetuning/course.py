@@ -17,6 +17,7 @@ from kronsearch.finetuning.record import Record, read_record
 from kronsearch.finetuning.validation import Validation
 from kronsearch.models.apply import measured, skeleton, stream
 from kronsearch.models.checkpoint import fingerprint_weights, load_state_dict
+from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Plan
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
@@ -104,9 +105,11 @@ class Course:
         self._dense, self._start, self._data, self._settings = dense, start, data, settings
         self._out, self._device, self._seed, self._team = out, device, seed, team
         self.identity: dict[str, JsonValue] = {
+            "structure": fingerprint_structure(dense)[:16],
             "weights": fingerprint_weights(dense)[:16],
             "network": start.digest,
             "data": data.fingerprint[:16],
+            "task": data.task.identity,
             "epochs": settings.epochs,
             "lr": settings.lr,
             "batch size": settings.batch_size,

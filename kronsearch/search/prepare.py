@@ -14,6 +14,7 @@ from kronsearch.models.apply import calibrate
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.models.profile import LayerCost, ModelCost
 from kronsearch.models.shelf import Shelf, versions
+from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Decomposition
 from kronsearch.search.candidates import Candidates, layer_candidates
 from kronsearch.search.space import SearchSpace
@@ -51,6 +52,7 @@ def measure(
 ) -> Prepared:
     """Gather the metrics of these layers, or take them from the shelf."""
     origin = {
+        "structure": fingerprint_structure(dense),
         "weights": fingerprint_weights(dense),
         "data": data.fingerprint,
         "images": settings.calibration_images,

@@ -9,6 +9,7 @@ from kronsearch.choices import SensitivityName, check_choices
 from kronsearch.errors import ModelError
 from kronsearch.models.profile import profile_model
 from kronsearch.models.shelf import Shelf
+from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Decomposition
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.candidates import Candidates
@@ -79,6 +80,7 @@ class Subject:
             raise ModelError(
                 f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"
             )
+        self.structure = fingerprint_structure(model)[:16]
         self.tell("profile", 0, 1)
         self.cost = profile_model(model, input_shape=tuple(shape))  # which tells whether a copy runs by itself
         self.dense = copied(model).to(device).eval()

@@ -82,8 +82,11 @@ class Work:
         """What must be the same when a study is resumed."""
         return {
             "model": self.draft.model_spec or type(self.dense).__name__,
+            "model args": self.draft.model_args,
+            "structure": self.subject.structure,
             "weights": fingerprint_weights(self.dense)[:16],
             "data": None if self.data is None else self.data.fingerprint[:16],
+            "task": None if self.data is None else self.data.task.identity,
             "input shape": list(self.subject.cost.input_shape),
             "budget": str(self.draft.budget),
             "space": self.draft.space.model_dump_json(),

@@ -23,6 +23,12 @@ class Task(ABC):
     metric_name: str
     higher_is_better: bool
 
+    @property
+    def identity(self) -> str:
+        """What it is called and measures: figures of another task aren't compared with its own."""
+        better = "higher" if self.higher_is_better else "lower"
+        return f"{type(self).__qualname__} {self.name}, {self.metric_name}, {better} is better"
+
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of the batch against its labels, a scalar."""

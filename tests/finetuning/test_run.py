@@ -152,6 +152,10 @@ def test_from_another_beginning_it_is_not_resumed(whole, model, plan, data, make
         other.get_parameter("head.bias").add_(1)
     with pytest.raises(TrainingError, match="weights was"):
         ks.finetune(other, plan, data, epochs=2.5, out=whole.out)
+    tilted = copy.deepcopy(model)
+    tilted.slope = 0.1
+    with pytest.raises(TrainingError, match="structure was"):
+        ks.finetune(tilted, plan, data, epochs=2.5, out=whole.out)
     with pytest.raises(TrainingError, match="data was"):
         ks.finetune(model, plan, make_data(9), epochs=2.5, out=whole.out)
 

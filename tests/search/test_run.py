@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import threading
@@ -370,13 +371,24 @@ def test_a_trial_that_misses_the_budget_of_latency_is_pruned(
     assert result.plan.provenance.trial == 1
 
 
-def test_a_study_of_another_model_or_seed_is_refused(found, digits_data):
+def test_a_study_of_another_model_or_task_is_refused(found, digits_model, digits_data):
     result, _ = found
     other = ks.load_model("zoo:digits")
     with torch.no_grad():
         other.get_parameter("conv1.weight").mul_(1.01)
     with pytest.raises(StudyError, match="weights was"):
         ks.search(other, digits_data, budget=ks.Budget(flops="50%", params="60%"), out=result.out, space=SPACE)
+    with pytest.raises(StudyError, match=r"model args was .*, is \{'act': 'tanh'\}"):
+        ks.search(digits_model, digits_data, out=result.out, **SETTINGS, model_args={"act": "tanh"})
+    slanted = copy.deepcopy(digits_model)
+    slanted.bn1.eps = 0.1
+    with pytest.raises(StudyError, match="structure was"):
+        ks.search(slanted, digits_data, out=result.out, **SETTINGS)
+    asked = copy.copy(digits_data)
+    asked.task = Classification()
+    asked.task.metric_name = "top-1"
+    with pytest.raises(StudyError, match="task was Classification classification, accuracy, higher is better, is"):
+        ks.search(digits_model, asked, out=result.out, **SETTINGS)
 
 
 def test_the_plan_is_json_that_says_where_it_comes_from(found):
