@@ -179,6 +179,15 @@ def _first_few(names: list[str]) -> str:
 def _example(model: nn.Module, input_shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     if not input_shape or min(input_shape) < 1:
         raise ModelError(f"an input of shape {tuple(input_shape)} is empty; give positive sizes without the batch")
+    _check_countable(model)
+    tensors = list(chain(model.parameters(), model.buffers()))
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    place = device if device is not None else next((tensor.device for tensor in tensors), "cpu")
+    return torch.zeros(1, *input_shape, dtype=dtype, device=place)
+
+
+def _check_countable(model: nn.Module) -> None:
+    """Raise ModelError for a network that can't be run yet, or not be traced."""
     tensors = list(chain(model.parameters(), model.buffers()))
     if any(is_lazy(tensor) for tensor in tensors):
         raise ModelError(
@@ -186,14 +195,15 @@ def _example(model: nn.Module, input_shape: tuple[int, ...], device: torch.devic
         )
     if any(tensor.is_meta for tensor in tensors):
         raise ModelError(f"{type(model).__name__} has tensors on the meta device, which hold no values; load it first")
+    if (slashed := next((name for name, _ in model.named_modules() if "/" in name), None)) is not None:
+        raise ModelError(
+            f"{type(model).__name__} has a module named {slashed!r}: none with a slash can be counted, give it another name"
+        )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ModelError(
             f"{type(model).__name__} is compiled: pass the network as it was before (`model._orig_mod`), and compile "
             "what becomes of it"
         )
-    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
-    place = device if device is not None else next((tensor.device for tensor in tensors), "cpu")
-    return torch.zeros(1, *input_shape, dtype=dtype, device=place)
 
 
 @contextmanager
