@@ -1,10 +1,10 @@
-"""The names of what a search lets choose. No torch here: the command line checks them before anything is imported."""
+"""The names and numbers that a search lets choose. No torch here: they are checked before anything is imported."""
 
 from typing import Literal, get_args
 
 from kronsearch.errors import StudyError
 
-__all__ = ["DecoderName", "ObjectiveName", "SamplerName", "SensitivityName", "check_choices"]
+__all__ = ["DecoderName", "ObjectiveName", "SamplerName", "SensitivityName", "check_choices", "check_counts"]
 
 DecoderName = Literal["allocate", "direct"]
 ObjectiveName = Literal["score", "pareto"]
@@ -22,3 +22,10 @@ def check_choices(**names: str) -> None:
     for kind, name in names.items():
         if name not in _CHOICES[kind]:
             raise StudyError(f"there is no {kind} {name!r}: choose one of {', '.join(_CHOICES[kind])}")
+
+
+def check_counts(**numbers: object) -> None:
+    """Raise `StudyError` unless each of these numbers, given by what it is called, is a whole one above zero."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise StudyError(f"{name.replace('_', ' ')} {number!r} is asked for: ask for a whole number above zero")

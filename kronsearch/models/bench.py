@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kronsearch.choices import check_counts
 from kronsearch.errors import ModelError
 from kronsearch.files import replacing
 from kronsearch.models.memory import peak_memory
@@ -100,9 +101,12 @@ def bench(
 
     Raises:
         ModelError: a network can't run on such inputs, or nothing of it is replaced.
+        StudyError: a batch or a number of threads is no whole number above zero.
     """
     if not any(isinstance(module, SeKronLayer) for module in compressed.modules()):
         raise ModelError("no layer of the compressed network is factorised: pass what a plan was applied to")
+    for batch, count in product(batches, (1,) if threads is None else threads):
+        check_counts(batch=batch, threads=count)
     ours, theirs = Network(dense, device), Network(compressed, device)
     now = torch.get_num_threads()
     found = []

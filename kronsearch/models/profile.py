@@ -197,7 +197,7 @@ def _check_countable(model: nn.Module) -> None:
         raise ModelError(f"{type(model).__name__} has tensors on the meta device, which hold no values; load it first")
     if (slashed := next((name for name, _ in model.named_modules() if "/" in name), None)) is not None:
         raise ModelError(
-            f"{type(model).__name__} has a module named {slashed!r}: none with a slash can be counted, give it another name"
+            f"{type(model).__name__} has a module named {slashed!r}: with a slash none can be counted, give it another"
         )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ModelError(

@@ -1,11 +1,13 @@
 """From an allocation to a plan."""
 
+import json
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from kronsearch.budget import Budget
+from kronsearch.errors import StudyError, first_line
 from kronsearch.models.profile import LayerCost
 from kronsearch.plan import (
     Cost,
@@ -47,6 +49,15 @@ class Draft:
     seed: int
     model_spec: str | None
     model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.model_args, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StudyError(
+                f"the model's arguments can't stand in a plan, which is JSON ({first_line(error)}): leave out those "
+                "that are no numbers, texts, or lists and dicts of them"
+            ) from error
 
     def plan(self, problem: Problem, allocation: Allocation, latency: Latency | None = None) -> Plan:
         """Return the plan of an allocation, with what it was measured to take; its score is yet unknown."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kronsearch.budget import Budget
-from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices
+from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices, check_counts
 from kronsearch.errors import StudyError
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
@@ -139,8 +139,9 @@ def search(
     Raises:
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
-    if trials < 1:
-        raise StudyError(f"{trials} trials are asked for: ask for one at least")
+    check_counts(trials=trials)
+    if timeout is not None and not timeout >= 0:
+        raise StudyError(f"a timeout of {timeout} seconds is asked for: ask for 0 or more")
     if not 0 <= final_epochs < math.inf:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     check_choices(decoder=decoder, sampler=sampler)  # the sensitivity is the subject's

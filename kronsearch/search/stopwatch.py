@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import kronsearch.sekron
+from kronsearch.choices import check_counts
 from kronsearch.models.bench import Timing, bench
 from kronsearch.models.latency import Lineup, random_network, time_lineups
 from kronsearch.models.profile import ModelCost
@@ -53,6 +54,9 @@ class Setting:
 
     batch: int = 1
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts(latency_batch=self.batch, latency_threads=self.threads)
 
 
 @dataclass(frozen=True)

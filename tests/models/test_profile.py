@@ -211,7 +211,7 @@ class Kron(nn.Module):
         (nn.LazyConv2d(4, 3), (3, 8, 8), "has lazy layers"),
         (nn.Linear(4, 3, device="meta"), (4,), "on the meta device"),
         (Kron(), (4,), "it runs kron in Kron"),
-        (nn.ModuleDict({"a/b": nn.Linear(4, 3)}), (4,), "ModuleDict has a module named 'a/b': none with a slash"),
+        (nn.ModuleDict({"a/b": nn.Linear(4, 3)}), (4,), "ModuleDict has a module named 'a/b': with a slash"),
         (
             torch.compile(nn.Linear(4, 3), backend="eager"),
             (4,),

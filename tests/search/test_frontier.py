@@ -88,7 +88,7 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         ({"flops": "1%:50%"}, BudgetError, "can't be reached"),
         ({"sampler": "cmaes"}, StudyError, "knows one objective only: choose gp, tpe or random"),
         ({"sampler": "GP"}, StudyError, "there is no sampler 'GP'"),
-        ({"trials": 0}, StudyError, "ask for one at least"),
+        ({"trials": 0}, StudyError, "trials 0 is asked for: ask for a whole number above zero"),
     ):
         with pytest.raises(error, match=message):
             ks.search_front(digits_model, digits_data, out=tmp_path / "out", **SETTINGS | changed)

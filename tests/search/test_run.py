@@ -438,6 +438,23 @@ def test_a_name_that_there_is_not_is_refused_before_anything_is_done(digits_mode
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"trials": 1.5}, "trials 1.5 is asked for: ask for a whole number above zero"),
+        ({"latency_batch": 0}, "latency batch 0 is asked for"),
+        ({"latency_threads": True}, "latency threads True is asked for"),
+        ({"timeout": float("nan")}, "a timeout of nan seconds is asked for: ask for 0 or more"),
+        ({"model_args": {"act": torch.relu}}, r"can't stand in a plan, which is JSON \(Object of type builtin"),
+    ],
+)
+def test_what_can_not_be_counted_or_written_is_refused_before_anything_is_done(digits_model, tmp_path, asked, told):
+    with pytest.raises(StudyError, match=told) as caught:
+        ks.search(digits_model, budget=ks.Budget(flops="50%"), input_shape=(1, 8, 8), out=tmp_path / "out", **asked)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["a?b", "50%"])
 def test_a_folder_that_means_something_else_in_a_url_is_refused(digits_model, tmp_path, name):
     with pytest.raises(StudyError, match=r"can't be kept in .* for its \? or %: pass another --out"):
