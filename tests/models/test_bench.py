@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kronsearch as ks
-from kronsearch.errors import FileError, ModelError
+from kronsearch.errors import FileError, ModelError, StudyError
 from kronsearch.models import bench as module
 from kronsearch.models import timing
 from kronsearch.models.bench import Timing, bench, save_timings
@@ -174,6 +174,12 @@ def test_a_network_without_a_factorised_layer_is_refused(networks):
 def test_a_shape_that_the_network_does_not_take_is_one_line(networks):
     with pytest.raises(ModelError, match=r"can't run on inputs of shape \(1, 4, 6, 6\)"):
         timed(networks, input_shape=(4, 6, 6))
+
+
+@pytest.mark.parametrize("asked", [{"batches": (1, 0)}, {"threads": (0,)}])
+def test_runs_of_nothing_are_refused(networks, asked):
+    with pytest.raises(StudyError, match="0 is asked for: ask for a whole number above zero"):
+        bench(*networks, input_shape=SHAPE, **asked)
 
 
 def test_timings_are_written_whole(tmp_path):
