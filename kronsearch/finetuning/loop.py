@@ -63,7 +63,7 @@ class Loop:
     ) -> None:
         self.trainer, self.record, self.plan, self.out, self.tell = trainer, record, plan, out, tell
         self.validation, self.data = validation, validation.data
-        self._began = time.monotonic() - record.seconds
+        self._began, self._saved = time.monotonic() - record.seconds, time.monotonic()
 
     def run(self) -> Record:
         """Train to the last step and return the record then.
@@ -73,8 +73,9 @@ class Loop:
         """
         trainer = self.trainer
         per_epoch = train_batch_count(self.data.size("train"), trainer.settings.batch_size)
-        saved = time.monotonic()
         kept, refusal = self.record.kept, None
+        if trainer.step == 0:  # before any other file, which without it would not be known as this fine-tune's
+            self._save()
         self.tell(trainer.step, trainer.total_steps, "", None if kept is None else kept.metric)
         while trainer.step < trainer.total_steps:
             epoch_ends = min((trainer.step // per_epoch + 1) * per_epoch, trainer.total_steps)
@@ -90,11 +91,16 @@ class Loop:
             self.tell(report.step, report.total_steps, words, None)
             if trainer.step == epoch_ends and self.out is not None:
                 self._evaluate(report, trainer.step / per_epoch, self.out)
-            if self.out is not None and (trainer.step == epoch_ends or time.monotonic() - saved > _SAVE_SECONDS):
-                self._add(seconds=time.monotonic() - self._began)
-                save_record(self.record, trainer.state(), self.out / CHECKPOINT)
-                saved = time.monotonic()
+            if trainer.step == epoch_ends or time.monotonic() - self._saved > _SAVE_SECONDS:
+                self._save()
         return self.record
+
+    def _save(self) -> None:
+        """Leave what the fine-tune is resumed from."""
+        if self.out is not None:
+            self._add(seconds=time.monotonic() - self._began)
+            save_record(self.record, self.trainer.state(), self.out / CHECKPOINT)
+        self._saved = time.monotonic()
 
     def _check(self, report: StepReport, *figures: float) -> None:
         if not all(map(math.isfinite, figures)):

@@ -2,6 +2,7 @@ import copy
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(begin, whole, tmp_pat
         assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("last", ["save_compressed", "save_log"])
+def test_killed_between_the_files_of_its_first_epoch_it_is_resumed(begin, whole, tmp_path, monkeypatch, last):
+    with monkeypatch.context() as patch:
+
+        def fail(*told, **named):
+            getattr(before, last)(*told, **named)
+            raise Stopped("by the test")
+
+        before = SimpleNamespace(save_compressed=loop.save_compressed, save_log=loop.save_log)
+        patch.setattr(loop, last, fail)
+        with pytest.raises(Stopped, match="by the test"):
+            begin(tmp_path)
+    assert begin(tmp_path).compressed == whole.compressed
+
+
 def test_what_is_done_is_not_done_again(begin, whole):
     before = {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()}
     told = []
@@ -176,10 +192,10 @@ def test_a_compressed_network_goes_on_from_its_own_weights(model, plan, data, tm
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(3, 18), (0.1, 1)])  # of one step, the scores tell
-def test_a_training_that_diverges_is_one_line_and_leaves_the_checkpoint(begin, tmp_path, epochs, steps):
+def test_a_training_that_diverges_is_one_line_and_leaves_the_checkpoint_before(begin, tmp_path, epochs, steps):
     with pytest.raises(TrainingError, match=rf"diverged at step .* of {steps}, .* rate of 1e\+30: pass a lower --lr"):
         begin(tmp_path, epochs=epochs, lr=1e30)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    assert load_state_dict(tmp_path / "checkpoint.safetensors")["place"].tolist() == [0, 0]
 
 
 def test_senseless_settings_are_one_line(begin, tmp_path):
