@@ -74,7 +74,7 @@ class _Bundle:
     """Factors of as many columns, of few rows, whose steps are taken together.
 
     Each has its part of tensors of them all, which are filled up with rows of zeros: two products take the place of two
-    for each of them, and AdamW moves one tensor.
+    for each of them, and AdamW moves one tensor. They share a count of steps: one that only some take counts for all.
 
     Args:
         factors: of one dtype and device.
@@ -190,12 +190,19 @@ class FactorAdamW:
             if p.grad is not None and p not in self._maps:
                 slopes[self._decays[p]][p] = p.grad
         moving = [(mover, slope) for mover in self._movers if (slope := mover.slope()) is not None]
+        # what has no gradient stays where it is, though it lies beside what has one
+        still = [
+            part for mover, _ in moving for p in mover.factors if p.grad is None for part in (p, *self._kept[p][:2])
+        ]
+        before = [part.clone() for part in still]
         for mover, slope in moving:
             slopes[0.0][mover.moved] = slope
         for decay, tensors in slopes.items():
             self._adamw(tensors, decay)
         for mover, _ in moving:
             mover.add(1 - self._rate * mover.decay)
+        if still:
+            torch._foreach_copy_(still, before)
         for p in self._names:
             p.grad = None
 
