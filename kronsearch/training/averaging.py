@@ -23,19 +23,33 @@ class Average:
     def __init__(self, trained: nn.Module, decay: float) -> None:
         self.model = copied(trained).eval().requires_grad_(requires_grad=False)
         self._decay = decay
-        pairs = list(zip(_tensors(self.model), _tensors(trained), strict=True))
-        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # such as numbers of batches
+        self._parameters: dict[Tensor, Tensor] = dict(zip(self.model.parameters(), trained.parameters(), strict=True))
+        modules = zip(self.model.modules(), trained.modules(), strict=True)
+        self._buffers = [(own._buffers, theirs._buffers) for own, theirs in modules]
 
     @torch.no_grad()
     def update(self, count: int) -> None:
         """Draw the average near to the network after its step number `count`, counted from 1."""
         decay = min(self._decay, count / (count + 9))
-        own, theirs = ([pair[k] for pair in self._averaged] for k in (0, 1))
-        get_ema_multi_avg_fn(decay)(own, theirs, count)  # type: ignore[no-untyped-call]
-        if self._copied:
-            torch._foreach_copy_([own for own, _ in self._copied], [theirs for _, theirs in self._copied])
+        pairs = self._pairs()
+        averaged = {own: theirs for own, theirs in pairs.items() if own.is_floating_point()}
+        counts = {own: theirs for own, theirs in pairs.items() if own not in averaged}  # such as numbers of batches
+        get_ema_multi_avg_fn(decay)(list(averaged), list(averaged.values()), count)  # type: ignore[no-untyped-call]
+        if counts:
+            torch._foreach_copy_(list(counts), list(counts.values()))
+
+    def _pairs(self) -> dict[Tensor, Tensor]:
+        """Return what each tensor follows; a module may have put another buffer, of other shape too, in one's place."""
+        pairs = dict(self._parameters)
+        for own, theirs in self._buffers:
+            for name, tensor in theirs.items():
+                known = own.get(name)
+                if tensor is not None and known is not None and _alike(known, tensor):
+                    pairs[known] = tensor
+                else:
+                    own[name] = None if tensor is None else tensor.clone()
+        return pairs
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

@@ -437,6 +437,37 @@ def test_with_averaging_the_result_is_the_average_of_the_weights(make_data, make
             torch.testing.assert_close(tensor.double(), wanted[name].double(), msg=name)
 
 
+class Centred(nn.Module):
+    """Puts other buffers in the place of its own in training, one of them ever longer."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x):
+        x = self.network(x)
+        if self.training:
+            self.centre = 0.9 * self.centre + 0.1 * x.detach().mean(0)
+            self.seen = torch.cat([self.seen, x.detach().mean().view(1)])
+        return x - self.centre
+
+
+def test_buffers_that_are_assigned_anew_are_averaged_too(make_data, make_network):
+    network, wanted = Centred(make_network()), torch.zeros(3)
+    with Trainer(
+        network, make_data(), TrainSettings(epochs=1, batch_size=10, averaging=0.3), generator=seeded()
+    ) as trainer:
+        for step in range(1, 4):
+            trainer.advance(1)
+            decay = min(0.3, step / (step + 9))
+            wanted = decay * wanted + (1 - decay) * network.centre
+            torch.testing.assert_close(trainer.result.centre, wanted)
+            assert torch.equal(trainer.result.seen, network.seen)
+            assert trainer.result.seen is not network.seen
+
+
 def test_without_averaging_the_result_is_the_model(make_data, make_network):
     network = make_network()
     with Trainer(network, make_data(), TrainSettings(epochs=1, batch_size=10), generator=seeded()) as trainer:
