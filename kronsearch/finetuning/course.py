@@ -189,7 +189,7 @@ class Course:
     def _restore(self, trainer: Trainer, state: dict[str, Tensor]) -> None:
         try:
             trainer.restore(state)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             reason = first_line(error)
             raise CheckpointError(
                 f"{self._out / CHECKPOINT} can't be resumed from ({reason}): pass another --out"

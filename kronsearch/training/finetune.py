@@ -227,10 +227,15 @@ class Trainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go to where a trainer that was made alike stood when it gave its state; the steps that follow are the same.
 
-        Raises KeyError, ValueError or RuntimeError where the state is of another network.
+        Raises ValueError or RuntimeError where the state is of another network, or malformed.
         """
+        own = self.state()
+        for name in sorted(own.keys() | state.keys()):
+            found, wanted = (_look(tensors.get(name)) for tensors in (state, own))
+            if found != wanted:
+                raise ValueError(f"{name} is {found} and should be {wanted}")
         step, taken = state["place"].tolist()
-        if not 0 <= taken <= step <= self.total_steps:
+        if not 0 <= taken <= step <= self.total_steps or step != state["optimizer//taken"]:
             raise ValueError(f"step {step} of {self.total_steps}, {taken} of it in its epoch, is no place")
         self.model.load_state_dict(_part(state, "model/"))
         if self._average is not None:
@@ -240,6 +245,10 @@ class Trainer:
             self._replay.forget()
         self.step = step
         self._batches.go_to(state["generator"], taken)
+
+
+def _look(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -253,30 +253,21 @@ class FactorAdamW:
         return Rows(rows.left * (far / reach), rows.right) if reach > far else rows
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such."""
+        """Return what the steps to come depend on besides the parameters, by names: `PARAMETER/exp_avg` and such.
+
+        The tensors are its own, and at every step alike but for their entries.
+        """
         found = {"/taken": torch.tensor(self._taken)}
         for p, name in self._names.items():
-            kinds = {**self._kept[p]._asdict(), **(self._maps[p]._asdict() if self._taken and p in self._maps else {})}
+            kinds = {**self._kept[p]._asdict(), **(self._maps[p]._asdict() if p in self._maps else {})}
             found |= {f"{name}/{kind}": part for kind, part in kinds.items() if part is not None}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Undo `state`. Raises KeyError or ValueError where the tensors are not of this model."""
-        parameters = {name: p for p, name in self._names.items()}
+        """Undo `state`, which is of an optimizer that was made alike."""
         self._taken = int(state["/taken"])
-        for p, extents in self._extents.items() if self._taken else ():
-            parts = zip(Rows._fields, extents, strict=False)
-            self._set(p, Rows(*(_of_shape(state, f"{self._names[p]}/{side}", block_shape(n), p) for side, n in parts)))
-        for moments in self._moments.values():
-            torch._foreach_zero_(list(moments))
-        for key in state.keys() - {"/taken"}:
-            name, _, kind = key.rpartition("/")
-            if kind in Rows._fields:
-                continue
-            if kind not in _Moments._fields:
-                raise ValueError(f"{key} is no state of a parameter")
-            into: Tensor = getattr(self._kept[parameters[name]], kind)
-            into.copy_(_of_shape(state, key, into.shape, into))
+        for name, into in self.state().items():
+            into.copy_(state[name])
 
 
 def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
@@ -298,9 +289,3 @@ def _movers(
         together[size, p.numel() // own[0], decays[p], p.dtype].append(p)
     bundles = [_Bundle(each, [extents[p][0] for p in each], decays[each[0]]) for each in together.values()]
     return [*alone, *bundles]
-
-
-def _of_shape(state: Mapping[str, Tensor], key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if state[key].shape != torch.Size(shape):
-        raise ValueError(f"{key} has the shape {tuple(state[key].shape)}, not {tuple(shape)}")
-    return state[key].to(like)

@@ -394,6 +394,37 @@ def test_from_its_state_a_training_goes_on_to_the_same_weights(monkeypatch, make
         assert torch.equal(tensor, resumed.state()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"place": torch.tensor(3)}, r"place is torch.int64 of shape \(\) and should be torch.int64 of shape \(2,\)"),
+        ({"place": torch.tensor([1.0, 1.0])}, "place is torch.float32"),
+        ({"place": torch.tensor([1, 2])}, "step 1 of 3, 2 of it in its epoch, is no place"),
+        ({"place": torch.tensor([2**40, 0])}, "is no place"),
+        ({"generator": torch.zeros(5056)}, "generator is torch.float32"),
+        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "generator is"),
+        ({"model/head.bias": torch.zeros(3, dtype=torch.int64)}, r"model/head\.bias is torch.int64"),
+        ({"model/other": torch.zeros(3)}, "model/other is .* should be absent"),
+        ({"average/head.bias": None}, r"average/head\.bias is absent and should be"),
+        ({"optimizer/conv.factors.1/left": torch.zeros(1, 2, 2)}, r"left is .* of shape \(1, 2, 2\)"),
+        ({"optimizer/conv.factors.1/left": None}, "left is absent"),
+        ({"optimizer/head.bias/exp_avg": None}, "exp_avg is absent"),
+        ({"optimizer/head.bias/step": torch.zeros((), dtype=torch.int64)}, "step is torch.int64"),
+        ({"optimizer//taken": torch.tensor(2)}, "is no place"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(make_data, make_network, change, told):
+    network = make_network()
+    network.conv = SeKronConv2d.from_conv(network.conv, SeKronSpec(((4, 1, 3, 1), (1, 2, 1, 3)), (3,)))
+    settings = TrainSettings(epochs=1, batch_size=10, averaging=0.9)
+    with Trainer(network, make_data(), settings, generator=seeded()) as trainer:
+        trainer.advance(1)
+        state = {name: part.clone() for name, part in trainer.state().items()}
+        trainer.restore(state)
+        with pytest.raises(ValueError, match=told):
+            trainer.restore({name: part for name, part in (state | change).items() if part is not None})
+
+
 def test_a_mixed_batch_is_learnt_from_in_the_shares_of_its_labels(make_data, make_network):
     """The loss of one step against the same written out."""
     data, settings = make_data(), TrainSettings(epochs=1, batch_size=10, mixing=True, label_weight=0.3)

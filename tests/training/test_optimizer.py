@@ -238,24 +238,3 @@ def test_before_the_first_step_there_is_nothing_to_go_on_with(network):
     optimizer.restore(other.state())
     state = optimizer.state()
     assert not any(tensor.any() for tensor in state.values())
-    assert {name.rpartition("/")[2] for name in state} == {"taken", "exp_avg", "exp_avg_sq", "step"}
-
-
-@pytest.mark.parametrize("network", ["chain"], indirect=True)
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"9.weight/exp_avg": torch.zeros(4)}, KeyError),
-        ({"0.weight/exp_avg": torch.zeros(5)}, ValueError),
-        ({"0.weight/other": torch.zeros(4)}, ValueError),
-        ({"1.factors.1/left": torch.zeros(1, 4, 4)}, ValueError),
-        ({"1.factors.1/right": None}, KeyError),
-        ({"/taken": None}, KeyError),
-    ],
-)
-def test_the_state_of_another_network_is_refused(network, change, error):
-    optimizer = optimizer_of(network)
-    trained(network, optimizer, 1)
-    state = {name: part for name, part in (optimizer.state() | change).items() if part is not None}
-    with pytest.raises(error, match=r"weight|factors|taken"):
-        optimizer.restore(state)
