@@ -111,16 +111,23 @@ class TensorData(Data):
     ) -> None:
         images = splits["train"][0]
         for split, (split_images, labels) in splits.items():
-            if split_images.dtype != torch.uint8 or split_images.dim() != 4 or len(split_images) != len(labels):
+            types, shapes = (split_images.dtype, labels.dtype), (tuple(split_images.shape), tuple(labels.shape))
+            if types != (torch.uint8, torch.int64) or len(shapes[0]) != 4 or shapes[1] != shapes[0][:1]:
                 raise DataError(
-                    f"the {split} split has images of {split_images.dtype} and shape {tuple(split_images.shape)} with "
-                    f"{len(labels)} labels: uint8 (N, C, H, W) and N labels are needed"
+                    f"the {split} split has images of {types[0]} and shape {shapes[0]} with labels of {types[1]} and "
+                    f"shape {shapes[1]}: uint8 (N, C, H, W) and int64 (N,) are needed"
                 )
             if len(labels) == 0 or split_images.shape[1:] != images.shape[1:]:
                 raise DataError(
                     f"the {split} split has {len(labels)} images of shape {tuple(split_images.shape[1:])}: at least "
                     f"one is needed, of the training images' shape {tuple(images.shape[1:])}"
                 )
+        channels = images.shape[1]
+        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean)) or not min(std) > 0:
+            raise DataError(
+                f"images of shape {tuple(images.shape[1:])} are to be normalised by a mean of {mean} and a deviation of {std}: one "
+                "number per channel is needed of each, deviations above 0"
+            )
         self.spec = spec
         self.seed = seed
         self.task = task

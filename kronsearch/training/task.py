@@ -45,8 +45,8 @@ class Task(ABC):
 class Classification(Task):
     """One label per example: cross-entropy, top-1 accuracy, and KL(teacher ‖ student) of the softmax in nats.
 
-    Outputs are logits of shape (examples, classes), targets int64 of shape (examples,). With `classes` given, a
-    network with another number of outputs is a DataError instead of a wrong figure.
+    Outputs are logits of shape (examples, classes), targets int64 of shape (examples,), from 0 on; others are a
+    DataError. With `classes` given, so is a network with another number of outputs, instead of a wrong figure.
     """
 
     name = "classification"
@@ -58,11 +58,15 @@ class Classification(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats; DataError if the network has another number of classes."""
-        return F.cross_entropy(self._logits(outputs), targets)
+        logits = self._logits(outputs)
+        _check_labels(targets, logits, look=targets.device.type == "cpu")  # to look would wait for another device
+        return F.cross_entropy(logits, targets)
 
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> float:
         """Return the number of examples whose largest logit is the label's."""
-        return float((self._logits(outputs).argmax(dim=1) == targets).sum().item())
+        logits = self._logits(outputs)
+        _check_labels(targets, logits, look=True)
+        return float((logits.argmax(dim=1) == targets).sum().item())
 
     def divergence(self, outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
         """Return the mean KL divergence of the student's class probabilities from the teacher's, in nats."""
@@ -79,3 +83,20 @@ class Classification(Task):
                 "use a network made for these classes, or the data it was trained for"
             )
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _check_labels(targets: Tensor, logits: Tensor, *, look: bool) -> None:
+    """Raise DataError unless these can be the labels of the logits, and if `look` are."""
+    examples, classes = logits.shape
+    if targets.dtype != torch.int64 or targets.shape != (examples,):
+        raise DataError(
+            f"the labels of {examples} examples are {targets.dtype} of shape {tuple(targets.shape)}, classification "
+            f"needs torch.int64 of shape ({examples},): give each example the number of its class, from 0 on"
+        )
+    if look and examples:
+        low, high = (int(label) for label in targets.aminmax())
+        if low < 0 or high >= classes:
+            raise DataError(
+                f"there are labels from {low} to {high}, the network tells {classes} classes apart: number them from 0 "
+                f"to {classes - 1}, or use a network made for these classes"
+            )

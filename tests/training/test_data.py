@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -133,7 +135,9 @@ def test_fingerprint_is_of_the_contents(make_data):
     ("images", "labels", "message"),
     [
         (torch.zeros(4, 1, 2, 2), torch.zeros(4).long(), r"val split has images of torch\.float32"),
-        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(3).long(), "with 3 labels"),
+        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(3).long(), r"labels of torch\.int64 and shape \(3,\)"),
+        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4).int(), r"labels of torch\.int32"),
+        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, 1).long(), r"shape \(4, 1\)"),
         (torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0).long(), "has 0 images"),
         (torch.zeros(4, 1, 2, 3, dtype=torch.uint8), torch.zeros(4).long(), r"shape \(1, 2, 3\)"),
     ],
@@ -151,3 +155,21 @@ def test_malformed_splits_are_errors(images, labels, message):
             pad=0,
             flip=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.5,) * 3, (0.5,) * 3),
+        ((0.5,), (0.5, 0.5)),
+        ((), ()),
+        ((0.5,), (0.0,)),
+        ((0.5,), (math.nan,)),
+        ((math.inf,), (1.0,)),
+    ],
+)
+def test_a_normalisation_that_the_images_can_not_have_is_an_error(mean, std):
+    split = (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2).long())
+    splits = {"train": split, "val": split, "test": split}
+    with pytest.raises(DataError, match=r"images of shape \(1, 2, 2\) are .* one number per channel is needed of each"):
+        TensorData(splits, spec="bad", seed=0, task=Classification(1), mean=mean, std=std, pad=0, flip=False)

@@ -62,3 +62,23 @@ def test_half_precision_outputs_are_judged_in_float32():
 def test_outputs_of_other_classes_are_an_error(shape):
     with pytest.raises(DataError, match=r"shape \(3, .*classification needs \(examples, 3 classes\)"):
         Classification(3).metric_sum(torch.zeros(shape), torch.tensor(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (torch.tensor(LABELS, dtype=torch.int32), r"labels of 3 examples are torch.int32 of shape \(3,\).* needs"),
+        (torch.tensor([True, False, True]), "torch.bool"),
+        (torch.tensor(LABELS, dtype=torch.float32), "torch.float32"),
+        (torch.tensor(LABELS)[:, None], r"shape \(3, 1\)"),
+        (torch.eye(3), r"shape \(3, 3\)"),
+        (torch.tensor([0, 1]), r"shape \(2,\)"),
+        (torch.tensor([1, 2, 3]), "labels from 1 to 3, the network tells 3 classes apart: number them from 0 to 2"),
+        (torch.tensor([0, -100, 1]), "labels from -100 to 1"),
+    ],
+)
+@pytest.mark.parametrize("judge", [Classification().loss, Classification().metric_sum])
+def test_labels_that_are_none_are_an_error(labels, told, judge):
+    with pytest.raises(DataError, match=told) as caught:
+        judge(torch.tensor(LOGITS), labels)
+    assert "\n" not in str(caught.value)
