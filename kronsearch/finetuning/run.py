@@ -17,7 +17,7 @@ from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Plan, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.training.copies import copied
-from kronsearch.training.data import Data
+from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.team import join
 
@@ -98,7 +98,8 @@ def finetune(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled
     )
     dense = copied(model).to(own_device).eval()
-    evaluate(dense, data, "val", limit=16, device=own_device)  # what can't be done together is known at once
+    check_splits(data)  # what can't be done together is known at once
+    evaluate(dense, data, "val", limit=16, device=own_device)
 
     def tell(phase: Phase, done: int, total: int, message: str = "", best: float | None = None) -> None:
         watch(Progress(phase=phase, done=done, total=total, message=message, best=best))

@@ -21,7 +21,7 @@ from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.stopwatch import Setting, Stopwatch
 from kronsearch.training.copies import copied
-from kronsearch.training.data import Data
+from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import evaluate
 
 __all__ = ["Subject"]
@@ -94,6 +94,7 @@ class Subject:
             seed=seed,
         )
         if data is not None:  # what the data and the network can't do together is known before anything is written
+            check_splits(data)
             evaluate(self.dense, data, "val", limit=16, device=device)
         self.tell("profile", 1, 1, macs=self.cost.macs, params=self.cost.params)
 

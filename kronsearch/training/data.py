@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ __all__ = [
     "Normalisation",
     "Split",
     "TensorData",
+    "check_splits",
     "endless_train_batches",
     "epoch_order",
     "fixed_subset",
@@ -125,8 +126,8 @@ class TensorData(Data):
         channels = images.shape[1]
         if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean)) or not min(std) > 0:
             raise DataError(
-                f"images of shape {tuple(images.shape[1:])} are to be normalised by a mean of {mean} and a deviation of {std}: one "
-                "number per channel is needed of each, deviations above 0"
+                f"images of shape {tuple(images.shape[1:])} are to be normalised by a mean of {mean} and a deviation "
+                f"of {std}: one number per channel is needed of each, deviations above 0"
             )
         self.spec = spec
         self.seed = seed
@@ -213,6 +214,15 @@ def train_inputs(
         yield inputs
         seen += len(inputs)
     batches.close()
+
+
+def check_splits(data: Data) -> None:
+    """Raise DataError unless each split of the data has an example."""
+    if empty := [split for split in get_args(Split) if data.size(split) < 1]:
+        raise DataError(
+            f"data {data.spec!r} have no example in the {empty[0]} split: one at least is needed to train, one to "
+            "validate and one to test"
+        )
 
 
 def no_training_batch(data: Data, batch_size: int) -> DataError:

@@ -1,12 +1,14 @@
 """What a network is worth on a split: metric, loss, and divergence from its teacher."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kronsearch.training.data import Data, Split
+from kronsearch.errors import DataError
+from kronsearch.training.data import Batch, Data, Split
 from kronsearch.training.distillation import softened_divergence
 from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import Precision, eval_mode, forward
@@ -66,7 +68,7 @@ def evaluate(
     n = 0
     # Not inference mode: what a model caches in it could never again take part in a backward pass.
     with freed_memory_kept(device), torch.no_grad(), eval_mode(model):
-        for inputs, targets in data.batches(split, batch_size, limit=limit, device=device):
+        for inputs, targets in _batches(data, split, batch_size, limit, device):
             result = forward(model, inputs, precision)
             count = len(inputs)
             metrics.append((task.metric_sum(result, targets), count))
@@ -93,11 +95,38 @@ def outputs(
 ) -> Tensor:
     """Return the outputs for a split (or the subset that `limit` takes) in its fixed order: on the CPU, float32.
 
-    The model must be on `device`; its modules are put back in the modes they were in.
+    The model must be on `device`; its modules are put back in the modes they were in. Raises DataError if the split
+    hasn't as many examples as it says, or the outputs are of other sizes from batch to batch.
     """
     with freed_memory_kept(device), torch.no_grad(), eval_mode(model):
         parts = [
-            forward(model, inputs, precision).cpu()
-            for inputs, _ in data.batches(split, batch_size, limit=limit, device=device)
+            forward(model, inputs, precision).cpu() for inputs, _ in _batches(data, split, batch_size, limit, device)
         ]
+    sizes = {tuple(part.shape[1:]) for part in parts}
+    if len(sizes) > 1:
+        first, second, *_ = sorted(sizes)
+        raise DataError(
+            f"for the {split} split the outputs of an example are of shape {first} and of shape {second}, and networks "
+            "are compared by outputs of one shape: pad the data, or crop them"
+        )
     return torch.cat(parts)
+
+
+def _count(data: Data, split: Split, limit: int | None) -> int:
+    """Return how many examples are taken of a split."""
+    return data.size(split) if limit is None else min(limit, data.size(split))
+
+
+def _batches(
+    data: Data, split: Split, batch_size: int, limit: int | None, device: str | torch.device
+) -> Iterator[Batch]:
+    """Yield the batches of a split; DataError at the end if they have not as many examples as they should."""
+    seen, wanted = 0, _count(data, split, limit)
+    for batch in data.batches(split, batch_size, limit=limit, device=device):
+        yield batch
+        seen += len(batch[0])
+    if seen != wanted or not seen:
+        raise DataError(
+            f"the {split} split of data {data.spec!r} gave {seen} examples where {wanted} were asked for: its `size` "
+            "and its `batches` must agree, and it needs one at least"
+        )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kronsearch as ks
-from kronsearch.errors import CheckpointError, TrainingError
+from kronsearch.errors import CheckpointError, DataError, TrainingError
 from kronsearch.finetuning import course, loop
 from kronsearch.finetuning.course import long_settings
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
@@ -202,6 +202,15 @@ def test_senseless_settings_are_one_line(begin, tmp_path):
     with pytest.raises(TrainingError, match="must be positive"):
         begin(tmp_path / "a", epochs=-1)
     assert not (tmp_path / "a").exists()
+
+
+def test_without_a_test_split_nothing_is_begun(model, plan, make_data, tmp_path):
+    data = make_data()
+    size = data.size
+    data.size = lambda split: 0 if split == "test" else size(split)
+    with pytest.raises(DataError, match="no example in the test split"):
+        ks.finetune(model, plan, data, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_compiler_nothing_is_begun(begin, tmp_path, monkeypatch):

@@ -284,6 +284,8 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
     small.get_parameter("conv1.weight").data[0, 0, 0, 0] = float("nan")
     wrong = ks.load_data("digits", seed=0)
     wrong.task = Classification(classes=7)
+    untested = ks.load_data("digits", seed=0)
+    untested.size = lambda split: 0 if split == "test" else digits_data.size(split)
     for arguments, error, message in (
         (
             {"model": digits_model, "budget": ks.Budget(flops="1%"), "data": digits_data},
@@ -293,6 +295,7 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         ({"model": digits_model, "budget": ks.Budget(flops="1G"), "data": digits_data}, BudgetError, "nothing needs"),
         ({"model": small, "budget": ks.Budget(flops="50%"), "data": digits_data}, ModelError, "not finite"),
         ({"model": digits_model, "budget": ks.Budget(flops="50%"), "data": wrong}, DataError, "classes"),
+        ({"model": digits_model, "budget": half, "data": untested}, DataError, "no example in the test split"),
         ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, "pass --input-shape"),
         (
             {"model": digits_model, "budget": half, "data": digits_data, "space": SearchSpace(keep_dense=("nowhere",))},

@@ -7,6 +7,7 @@ from kronsearch.errors import DataError
 from kronsearch.training.data import (
     Normalisation,
     TensorData,
+    check_splits,
     endless_train_batches,
     epoch_order,
     fixed_subset,
@@ -173,3 +174,13 @@ def test_a_normalisation_that_the_images_can_not_have_is_an_error(mean, std):
     splits = {"train": split, "val": split, "test": split}
     with pytest.raises(DataError, match=r"images of shape \(1, 2, 2\) are .* one number per channel is needed of each"):
         TensorData(splits, spec="bad", seed=0, task=Classification(1), mean=mean, std=std, pad=0, flip=False)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_without_an_example_is_an_error(make_data, split):
+    data = make_data()
+    check_splits(data)
+    size = data.size
+    data.size = lambda asked: 0 if asked == split else size(asked)
+    with pytest.raises(DataError, match=f"data 'tiny' have no example in the {split} split"):
+        check_splits(data)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from kronsearch.errors import DataError
 from kronsearch.training.evaluate import evaluate, outputs, within_error
 
 
@@ -81,3 +82,23 @@ def test_the_divergence_at_a_temperature_is_that_of_the_softened_outputs(make_da
     expected = temperature**2 * (taught * (taught / student).log()).sum(1).mean()
     found = evaluate(network, data, "val", teacher_outputs=wanted.float(), temperature=temperature)
     assert found.divergence == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("judge", [evaluate, outputs])
+@pytest.mark.parametrize(
+    ("limit", "given", "told"), [(None, 0, "0 .* where 12"), (None, 11, "11 .* 12"), (4, 5, "5 .* 4")]
+)
+def test_a_split_of_other_examples_than_it_says_is_an_error(make_data, make_network, judge, limit, given, told):
+    data = make_data()
+    images, labels = next(data.batches("val", 12))
+    data.batches = lambda *told, **named: iter([(images[:given], labels[:given])] if given else [])
+    with pytest.raises(DataError, match=f"the val split of data 'tiny' gave {told} were asked for"):
+        judge(make_network(), data, "val", limit=limit)
+
+
+def test_outputs_of_other_sizes_from_batch_to_batch_are_an_error(make_data, make_network):
+    data, network = make_data(), make_network()
+    images, labels = next(data.batches("val", 12))
+    data.batches = lambda *told, **named: iter([(images[:6], labels[:6]), (images[6:, ..., 1:], labels[6:])])
+    with pytest.raises(DataError, match=r"of shape \(4, 6, 4\) and of shape \(4, 6, 5\), and .*pad the data"):
+        outputs(network.conv, data, "val")
