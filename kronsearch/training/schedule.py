@@ -60,7 +60,8 @@ class TrainSettings:
 
 def total_steps(settings: TrainSettings, examples: int) -> int:
     """Return the number of optimizer steps that `settings.epochs` over so many examples take."""
-    return max(1, math.ceil(settings.epochs * train_batch_count(examples, settings.batch_size)))
+    steps = settings.epochs * train_batch_count(examples, settings.batch_size)
+    return max(1, math.ceil(round(steps, 6)))  # 0.07 * 100 is a little more than 7
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:

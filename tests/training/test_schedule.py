@@ -1,6 +1,6 @@
 import pytest
 
-from kronsearch.training.schedule import default_rate
+from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
 
 @pytest.mark.parametrize(
@@ -9,3 +9,8 @@ from kronsearch.training.schedule import default_rate
 )
 def test_the_rate_of_a_run_grows_with_its_steps_but_not_beyond(steps, rate):
     assert default_rate(steps) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.07, 7), (0.071, 8), (0.29, 29), (1e-9, 1), (2.0, 200)])
+def test_steps_are_those_of_the_epochs_as_they_are_written(epochs, steps):
+    assert total_steps(TrainSettings(epochs=epochs, batch_size=10), 1000) == steps
