@@ -260,4 +260,7 @@ def to_dense(layer: SeKronLayer, dense: Dense) -> Dense:
         dense.weight.copy_(layer.kernel)
         if layer.bias is not None and dense.bias is not None:
             dense.bias.copy_(layer.bias)
+    dense.weight.requires_grad_(any(factor.requires_grad for factor in layer.factors))
+    if layer.bias is not None and dense.bias is not None:
+        dense.bias.requires_grad_(layer.bias.requires_grad)
     return dense.train(layer.training)

@@ -778,7 +778,13 @@ def test_training_mode_and_frozen_weights_are_taken_over():
     }
     assert torch.equal(layer.bias, conv.bias)
     assert layer.bias.data_ptr() != conv.bias.data_ptr()
-    assert not layer.to_conv().training
+    back = layer.to_conv()
+    assert not back.training
+    assert {n: p.requires_grad for n, p in back.named_parameters()} == {"weight": False, "bias": True}
+    layer.bias.requires_grad_(False)
+    layer.factors[1].requires_grad_(True)
+    back = layer.to_conv()
+    assert {n: p.requires_grad for n, p in back.named_parameters()} == {"weight": True, "bias": False}
     conv.weight.requires_grad_(True)
     assert all(p.requires_grad for p in SeKronConv2d.from_conv(conv, spec).parameters())
 
