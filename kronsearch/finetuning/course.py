@@ -21,7 +21,7 @@ from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Plan
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
-from kronsearch.training.finetune import Trainer
+from kronsearch.training.finetune import Trainer, trainable
 from kronsearch.training.precision import require_compiler
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 from kronsearch.training.team import ALONE, Team
@@ -157,7 +157,7 @@ class Course:
             small, record, state = self._start.build(), Record(identity=self.identity), None
         else:
             small, (record, state) = skeleton(self._dense, self._start.plan), found
-        small = small.to(self._device).requires_grad_()  # frozen or not in the dense network
+        small = trainable(small.to(self._device))  # frozen or not in the dense network
         plan = measured(self._start.plan, self._dense, small)
         with new_trainer(
             self._dense,

@@ -13,7 +13,7 @@ from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.finetuning.record import Row
 from kronsearch.finetuning.validation import tested
 from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
-from kronsearch.models.checkpoint import fingerprint_weights
+from kronsearch.models.checkpoint import check_storable, fingerprint_weights
 from kronsearch.plan import Plan, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.training.copies import copied
@@ -98,8 +98,9 @@ def finetune(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled
     )
     dense = copied(model).to(own_device).eval()
-    check_splits(data)  # what can't be done together is known at once
+    check_splits(data)  # what can't be done is known at once
     evaluate(dense, data, "val", limit=16, device=own_device)
+    check_storable(dense.state_dict(), Path(out) / COMPRESSED)
 
     def tell(phase: Phase, done: int, total: int, message: str = "", best: float | None = None) -> None:
         watch(Progress(phase=phase, done=done, total=total, message=message, best=best))

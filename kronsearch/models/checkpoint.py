@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from kronsearch.errors import CheckpointError
 from kronsearch.files import replacing
 
-__all__ = ["fingerprint_weights", "load_state_dict", "load_weights", "read_metadata", "save_safetensors"]
+__all__ = [
+    "check_storable",
+    "fingerprint_weights",
+    "load_state_dict",
+    "load_weights",
+    "read_metadata",
+    "save_safetensors",
+]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _LAYERS = 4  # of such wrappers around one another
@@ -91,8 +98,7 @@ def save_safetensors(
     """
     path = Path(path)
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
-    for name, value in state.items():
-        _check_storable(name, value, path)
+    check_storable(state, path)
     # wide types first, so that each tensor starts at a multiple of its entries' size
     order = sorted(state, key=lambda name: (-state[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -106,6 +112,16 @@ def save_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     _write_whole(path, chain([len(text).to_bytes(8, "little"), text], (_bytes(state[name]) for name in order)))
+
+
+def check_storable(state: Mapping[str, object], path: str | Path) -> None:
+    """Raise CheckpointError if a value of a state dict can't be stored in a safetensors file, which is not written."""
+    for name, value in state.items():
+        if not _is_plain(value) or value.dtype not in _TYPE_NAMES:
+            kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(
+                f"can't write {name} ({kind}) to {path}: a safetensors file holds dense tensors of real numbers"
+            )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -129,14 +145,6 @@ def fingerprint_weights(model: nn.Module) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def _check_storable(name: str, value: object, path: Path) -> None:
-    if not _is_plain(value) or value.dtype not in _TYPE_NAMES:
-        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise CheckpointError(
-            f"can't write {name} ({kind}) to {path}: a safetensors file holds dense tensors of real numbers"
-        )
 
 
 def _write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:

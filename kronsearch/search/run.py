@@ -14,6 +14,8 @@ from torch import nn
 from kronsearch.budget import Budget
 from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices, check_counts
 from kronsearch.errors import StudyError
+from kronsearch.finetuning.loop import COMPRESSED
+from kronsearch.models.checkpoint import check_storable
 from kronsearch.plan import Plan, save_plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
 from kronsearch.search.decoders import new_decoder
@@ -161,6 +163,8 @@ def search(
         sensitivity=sensitivity,
         watch=phases,
     )
+    if folder is not None or (data is not None and final_epochs > 0):
+        check_storable(subject.dense.state_dict(), (folder or Path()) / COMPRESSED)
     pace = Pace(budget, subject.stopwatch(Setting(latency_batch, latency_threads)), allow_slower)
     limits = pace.limits(subject.cost)
     check_reachable(subject.cost, subject.space, limits)

@@ -20,7 +20,7 @@ from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.blocks import block_names
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
-from kronsearch.training.finetune import finetune
+from kronsearch.training.finetune import finetune, trainable
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
 
 __all__ = ["Scorer"]
@@ -68,7 +68,7 @@ class Scorer:
         layers = {name: copy.deepcopy(self.layer(name, spec)) for name, spec in specs.items()}
         small = replace_layers(self.dense, layers)
         settle(small, self.data, images=self.settings.batchnorm_images, seed=self.settings.seed, device=self.device)
-        return small.requires_grad_()  # frozen or not in the dense network: a factorised one has to be trained
+        return trainable(small)  # frozen or not in the dense network: a factorised one has to be trained
 
     def layer(self, name: str, spec: SeKronSpec) -> SeKronLayer:
         """Return the factorised layer of a dense one, which is kept and must not be changed."""

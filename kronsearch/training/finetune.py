@@ -26,7 +26,7 @@ from kronsearch.training.stages import training_runs
 from kronsearch.training.teacher import Teacher
 from kronsearch.training.team import ALONE, Team
 
-__all__ = ["StepReport", "Trainer", "finetune"]
+__all__ = ["StepReport", "Trainer", "finetune", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,13 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    """Return a model whose parameters all take gradients, frozen before or not; integers can't."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
 
 
 def finetune(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import kronsearch as ks
 from kronsearch.errors import CheckpointError, DataError, TrainingError
@@ -211,6 +212,21 @@ def test_without_a_test_split_nothing_is_begun(model, plan, make_data, tmp_path)
     with pytest.raises(DataError, match="no example in the test split"):
         ks.finetune(model, plan, data, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_can_not_be_stored_is_told_before_anything_is_begun(model, plan, data, tmp_path):
+    turned = copy.deepcopy(model)
+    turned.register_buffer("rotation", torch.ones(1, dtype=torch.complex64))
+    with pytest.raises(CheckpointError, match=r"can't write rotation .torch.complex64. to .*compressed.safetensors"):
+        ks.finetune(turned, plan, data, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_of_integers_stays(model, plan, data, tmp_path):
+    counted = copy.deepcopy(model)
+    counted.count = nn.Parameter(torch.tensor(3), requires_grad=False)
+    found = ks.finetune(counted, plan, data, epochs=0.1, batch_size=10, out=tmp_path)
+    assert found.model.count == 3
 
 
 def test_without_a_compiler_nothing_is_begun(begin, tmp_path, monkeypatch):

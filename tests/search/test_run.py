@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kronsearch as ks
-from kronsearch.errors import BudgetError, DataError, ModelError, SpaceError, StudyError
+from kronsearch.errors import BudgetError, CheckpointError, DataError, ModelError, SpaceError, StudyError
 from kronsearch.files import alone
 from kronsearch.models.apply import load_compressed
 from kronsearch.search import score
@@ -284,6 +284,8 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
     small.get_parameter("conv1.weight").data[0, 0, 0, 0] = float("nan")
     wrong = ks.load_data("digits", seed=0)
     wrong.task = Classification(classes=7)
+    complex_ = ks.load_model("zoo:digits")
+    complex_.register_buffer("rotation", torch.ones(1, dtype=torch.complex64))
     untested = ks.load_data("digits", seed=0)
     untested.size = lambda split: 0 if split == "test" else digits_data.size(split)
     for arguments, error, message in (
@@ -296,6 +298,11 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
         ({"model": small, "budget": ks.Budget(flops="50%"), "data": digits_data}, ModelError, "not finite"),
         ({"model": digits_model, "budget": ks.Budget(flops="50%"), "data": wrong}, DataError, "classes"),
         ({"model": digits_model, "budget": half, "data": untested}, DataError, "no example in the test split"),
+        (
+            {"model": complex_, "budget": half, "data": digits_data},
+            CheckpointError,
+            r"can't write rotation .torch.complex64. to .*out/compressed.safetensors",
+        ),
         ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, "pass --input-shape"),
         (
             {"model": digits_model, "budget": half, "data": digits_data, "space": SearchSpace(keep_dense=("nowhere",))},
