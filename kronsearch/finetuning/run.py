@@ -19,6 +19,7 @@ from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
+from kronsearch.training.modes import own_modes
 from kronsearch.training.team import join
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -47,6 +48,7 @@ class FinetuneResult:
     out: Path
 
 
+@own_modes()
 def finetune(
     model: nn.Module,
     start: Plan | str | Path,

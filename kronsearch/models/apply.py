@@ -18,6 +18,7 @@ from kronsearch.sekron.shapes import holds_groups
 from kronsearch.training.batchnorm import reestimate_batchnorm
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
+from kronsearch.training.modes import own_modes
 
 __all__ = [
     "apply_plan",
@@ -40,6 +41,7 @@ def stream(seed: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + purpose) % 2**63)
 
 
+@own_modes()
 def apply_plan(
     model: nn.Module,
     plan: Plan,

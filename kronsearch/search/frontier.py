@@ -34,6 +34,7 @@ from kronsearch.search.study import Given, objective_of, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Aim, Work
 from kronsearch.training.data import Data
+from kronsearch.training.modes import own_modes
 
 __all__ = ["ScoredFront", "ScoredPoint", "search_front"]
 
@@ -147,6 +148,7 @@ class _FrontWork(Work):
         return Pace(self._span.at(place), self._stopwatch, self._allow_slower)
 
 
+@own_modes()
 def search_front(
     model: nn.Module,
     data: Data,

@@ -33,6 +33,7 @@ from kronsearch.search.summary import Summary, summarise
 from kronsearch.search.work import Work
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
+from kronsearch.training.modes import own_modes
 
 __all__ = ["SearchResult", "search"]
 
@@ -72,6 +73,7 @@ class SearchResult:
         return self.plan.provenance.gap or 0.0
 
 
+@own_modes()
 def search(
     model: nn.Module,
     data: Data | None = None,

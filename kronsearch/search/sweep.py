@@ -24,6 +24,7 @@ from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
 from kronsearch.search.subject import Subject
 from kronsearch.training.data import Data
+from kronsearch.training.modes import own_modes
 
 __all__ = ["Front", "Point", "sweep"]
 
@@ -81,6 +82,7 @@ def _latency(budget: PlanBudget, taken: Latency) -> dict[str, object]:
     return {"budget_latency": budget.latency, "latency_ms": taken.compressed_ms, "latency_ratio": taken.ratio}
 
 
+@own_modes()
 def sweep(
     model: nn.Module,
     data: Data | None = None,

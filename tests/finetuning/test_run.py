@@ -119,6 +119,13 @@ def test_killed_between_the_files_of_its_first_epoch_it_is_resumed(begin, whole,
     assert begin(tmp_path).compressed == whole.compressed
 
 
+def test_in_whichever_modes_the_caller_is_it_does_the_same(begin, whole, tmp_path):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert begin(tmp_path).compressed == whole.compressed
+    with torch.inference_mode(), pytest.raises(TrainingError, match=r"within torch.inference_mode\(\)"):
+        begin(tmp_path / "other")
+
+
 def test_what_is_done_is_not_done_again(begin, whole):
     before = {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()}
     told = []
