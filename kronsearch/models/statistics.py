@@ -37,11 +37,12 @@ class _Layer:
         self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         width = layer.weight[0].numel()
         self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-        self.inputs = torch.zeros(width, width, device=layer.weight.device)
+        like = layer.weight.new_zeros((), dtype=torch.float32)
+        self.inputs = like.new_zeros(width, width)
         # patches are summed up without the first ones' mean: what they vary by may be little beside it
-        self.origin = torch.zeros(self.groups, width, device=layer.weight.device)
+        self.origin = like.new_zeros(self.groups, width)
         self.mean = torch.zeros_like(self.origin)
-        self.outputs = torch.zeros(len(layer.weight), len(layer.weight), device=layer.weight.device)
+        self.outputs = like.new_zeros(len(layer.weight), len(layer.weight))
         self.patches = 0  # of each group
         self.before_norm = self.derived = False
 

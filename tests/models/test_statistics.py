@@ -96,6 +96,17 @@ def test_moments_of_inputs_equal_a_loop_over_patches(net, name):
         assert torch.allclose(moments[name].mean, patches.mean(0), atol=1e-5)
 
 
+def test_moments_are_float32_whatever_torch_makes_by_default(net):
+    expected = gather_moments(net, make_data(), ["first"], images=IMAGES, generator=generator())["first"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = gather_moments(net, make_data(), ["first"], images=IMAGES, generator=generator())["first"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.inputs, expected.inputs)
+    assert found.outputs.dtype == torch.float32
+
+
 def test_without_bias_or_norm_moments_are_not_centred(net):
     rows = seen_inputs(net, "plain")
     moments = gather_moments(net, make_data(), ["plain"], images=IMAGES, generator=generator())["plain"]
