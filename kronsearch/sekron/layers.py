@@ -109,7 +109,8 @@ class SeKronLayer(nn.Module):
         """Return what was formed of the parameters to run in this way, formed anew only if they have changed."""
         kept = self._kept  # another thread may put something else there meanwhile
         if kept is None or not kept.fit(tensors, way):
-            self._kept = kept = Kept.of(tensors, way, form)
+            kept = Kept.of(tensors, way, form)
+            self._kept = None if tensors[0].is_meta else kept  # of which nothing can tell whether it has changed
         return kept.formed
 
     def _contiguous_weights(self) -> list[Tensor]:
@@ -159,6 +160,10 @@ class SeKronLayer(nn.Module):
             lambda t: fn(t.flatten()).reshape(t.shape) if t.ndim > 4 else fn(t), recurse
         )
         return self
+
+    def _load_from_state_dict(self, *told: Any) -> None:
+        self._forget()  # what holds a parameter is in the way where torch swaps parameters
+        super()._load_from_state_dict(*told)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, as any module does, and drop the weights that were kept."""

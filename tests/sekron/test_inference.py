@@ -109,6 +109,22 @@ def test_no_change_of_the_factors_is_missed(layer, images, change):
     assert not torch.equal(infer(layer, images.to(layer.bias.dtype)).double(), before)
 
 
+def test_parameters_that_torch_swaps_are_let_go(layer, images):
+    check(layer, images)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(other_state(layer))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    check(layer, images)
+
+
+def test_on_the_meta_device_it_runs_again_and_again(layer, images):
+    layer = layer.to("meta")
+    for data in (images.to("meta"), images.to("meta", memory_format=torch.channels_last)):
+        assert infer(layer, data).shape == infer(layer, data).shape == (2, 6, 5, 7)
+
+
 def other_state(layer):
     other = copy.deepcopy(layer)
     fill(other, 7)
