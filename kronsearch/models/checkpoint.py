@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from kronsearch.files import replacing
 
 __all__ = [
     "check_storable",
+    "fill",
     "fingerprint_weights",
     "load_state_dict",
     "load_weights",
@@ -28,6 +30,7 @@ __all__ = [
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _LAYERS = 4  # of such wrappers around one another
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+_SAVED = "a torch.save file of tensors"
 _TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -48,7 +51,8 @@ def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tens
     A `.safetensors` file is read as such, any other as a torch.save file, of which nothing but tensors and plain
     containers is unpickled. {"state_dict": …} and the like are unwrapped, and if `wrapped` the prefix that
     DataParallel or torch.compile leave is taken off.
-    CheckpointError if the file is missing, truncated, of another kind, or holds anything but plain tensors.
+    CheckpointError if the file is missing, truncated, of another kind, would take more memory than it is long, or holds
+    anything but plain tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,7 +61,8 @@ def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tens
         with _unreadable(path, "a safetensors file"):
             state = load_file(path)
         return _without_prefix(state) if wrapped else state
-    with _unreadable(path, "a torch.save file of tensors"):
+    _refuse_bombs(path)
+    with _unreadable(path, _SAVED):
         content = torch.load(path, map_location="cpu", weights_only=True)
     state = _unwrap(content, path)
     return _without_prefix(state) if wrapped else state
@@ -66,25 +71,35 @@ def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tens
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint into `model`; names and shapes must be the model's.
 
-    Only batch norm's `num_batches_tracked`, which old checkpoints lack, may be missing. CheckpointError otherwise, with
-    the first few tensors that are missing, unexpected, of another shape, or parameters that are not finite; the model
-    is then unchanged.
+    CheckpointError otherwise, as of `fill`; the model is then unchanged.
     """
     state = load_state_dict(path, wrapped=False)
     if not state.keys() <= model.state_dict().keys():  # the network may be a wrapper itself
         state = _without_prefix(state)
+    fill(model, state, f"{path} does not fit {type(model).__name__}")
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], refusal: str) -> None:
+    """Copy tensors into a model; names and shapes must be the model's, and numbers of the same kind.
+
+    Only batch norm's `num_batches_tracked`, which old checkpoints lack, may be missing. CheckpointError otherwise, with
+    the first few tensors that are missing, unexpected, of another shape or kind, or parameters that are not finite as
+    the model would hold them, behind the words of `refusal`; the model is then unchanged.
+    """
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     counters = {n: v for n, v in own.items() if n not in state and n.rpartition(".")[2] == "num_batches_tracked"}
     state = {**state, **counters}
+    differing = {name: told for name in own if name in state and (told := _difference(name, state[name], own[name]))}
+    # only of what fits: another shape may stand for any number of entries, all of them at one place
+    fitting = [name for name, _ in model.named_parameters() if name in state and name not in differing]
     problems = [
         _list("missing", [name for name in own if name not in state]),
         _list("unexpected", [name for name in state if name not in own]),
-        _list("of another shape or kind", [_difference(n, state[n], own[n]) for n in own if n in state]),
-        _list("not finite", [n for n, _ in model.named_parameters() if n in state and not state[n].isfinite().all()]),
+        _list("of another shape or kind", [*differing.values()]),
+        _list("not finite", [name for name in fitting if not state[name].to(own[name].dtype).isfinite().all()]),
     ]
     if any(problems):
-        told = "; ".join(filter(None, problems))
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {told}")
+        raise CheckpointError(f"{refusal}: {'; '.join(filter(None, problems))}")
     model.load_state_dict(state, strict=False)  # what is not a tensor stays as it is
 
 
@@ -164,6 +179,17 @@ def _unreadable(path: Path, expected: str) -> Iterator[None]:
         ) from error
 
 
+def _refuse_bombs(path: Path) -> None:
+    """Refuse an archive whose entries are packed, or lie over one another: a small one may stand for gigabytes."""
+    with _unreadable(path, _SAVED):
+        held = sum(entry.file_size for entry in ZipFile(path).infolist()) if is_zipfile(path) else 0
+    if held > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is an archive of {held} bytes in {path.stat().st_size}, and torch.save packs nothing: "
+            "save the model's state_dict() by torch.save or safetensors"
+        )
+
+
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(_LAYERS):  # a dict may hold itself
         inner = [content[key] for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
@@ -192,13 +218,19 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _difference(name: str, got: Tensor, expected: Tensor) -> str:
     if got.shape != expected.shape:
         return f"{name} {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    if got.is_complex() != expected.is_complex():
+    if not _is_alike(got, expected):
         return f"{name} {got.dtype}, expected {expected.dtype}"
     return ""
 
 
+def _is_alike(got: Tensor, expected: Tensor) -> bool:
+    """Tell whether one tensor's numbers can stand for the other's: codes of a quantised network can't."""
+    if got.is_complex() or expected.is_complex():
+        return got.is_complex() and expected.is_complex()
+    return got.dtype in _TYPE_NAMES and (got.is_floating_point() or not expected.is_floating_point())
+
+
 def _list(what: str, names: list[str]) -> str:
-    names = [name for name in names if name]
     return f"{len(names)} {what} ({_few(names)})" if names else ""
 
 

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -77,6 +78,41 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(CheckpointError, match=r"does not fit Sequential: 1 not finite \(2.weight\)"):
         load_weights(model, tmp_path / "w.pt")
     assert same(model.state_dict(), network(1).state_dict())
+
+
+def test_numbers_too_large_for_a_parameter_are_refused(tmp_path):
+    torch.save(network().double().state_dict(), tmp_path / "fits.pt")
+    load_weights(network(), tmp_path / "fits.pt")
+    torch.save({n: v.double() * 1e300 for n, v in network().state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"Sequential: 5 not finite \(0.weight, "):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.uint16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_codes_of_a_quantised_network_are_no_weights(tmp_path, dtype, suffix):
+    state = network().state_dict()
+    state["2.weight"] = state["2.weight"].abs().to(dtype)
+    (torch.save if suffix == ".pt" else save_file)(state, tmp_path / f"w{suffix}")
+    with pytest.raises(CheckpointError, match=rf"kind \(2.weight {dtype}, expected torch.float32\)$"):
+        load_weights(network(), tmp_path / f"w{suffix}")
+
+
+def test_a_tensor_that_claims_more_than_any_memory_is_refused_unread(tmp_path):
+    torch.save({**network().state_dict(), "2.weight": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"2.weight \(1048576, 1048576\), expected \(2, 4\)\)$"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_a_packed_archive_is_refused_unread(tmp_path, monkeypatch):
+    torch.save({"w": torch.zeros(2**18)}, tmp_path / "w.pt")
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(tmp_path / "w.pt") as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in stored.namelist():
+            archive.writestr(name, stored.read(name))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(CheckpointError, match=r"packed.pt is an archive of 10\d+ bytes in \d{4}, and torch.save packs"):
+        load_state_dict(packed)
 
 
 def test_a_prefix_of_some_names_only_stays(tmp_path):
