@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kronsearch.errors import CheckpointError, PlanError
-from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.models.checkpoint import fill, load_state_dict, read_metadata, save_safetensors
 from kronsearch.models.factorised import empty_layer, factorise, replace_layers
 from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
@@ -167,22 +167,14 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
         plan: the plan; None takes the one in the file.
 
     Raises:
-        CheckpointError: the file is not of a compressed network, or of another one.
+        CheckpointError: the file is not of a compressed network, or of another one, or its factors are not finite.
         PlanError: the plan was made for another network.
     """
     path = Path(path)
     _check_compressed(path)
     plan = stored_plan(path) if plan is None else plan
     small = skeleton(model, plan)
-    state = load_state_dict(path, wrapped=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
-    for name in sorted(wanted.keys() | state.keys()):
-        got = tuple(state[name].shape) if name in state else None
-        if got != wanted.get(name):
-            raise CheckpointError(
-                f"{path} doesn't fit the plan: {name} has shape {got}, the plan gives {wanted.get(name)} (None: absent)"
-            )
-    small.load_state_dict(state)
+    fill(small, load_state_dict(path, wrapped=False), f"{path} doesn't fit the plan")
     return small.eval()
 
 

@@ -193,8 +193,20 @@ def test_a_file_that_is_not_compressed_or_of_another_plan_is_refused(tmp_path):
         load_compressed(model, tmp_path / "dense.safetensors", plan)
     save_compressed(apply_plan(model, plan), plan, tmp_path / "small.safetensors")
     other = plan_for({**SPECS, "head": SeKronSpec(((5, 1), (1, 8)), (3,))}, SHAPES)
-    with pytest.raises(CheckpointError, match=r"doesn't fit the plan: head.factors.0 has shape \(2, 5, 1\)"):
+    with pytest.raises(
+        CheckpointError, match=r"doesn't fit the plan: .* \(head.factors.0 \(2, 5, 1\), expected \(3, 5, 1\)"
+    ):
         load_compressed(model, tmp_path / "small.safetensors", other)
+
+
+@pytest.mark.parametrize("damage", [lambda factor: factor * torch.nan, lambda factor: factor.double() + 1e300])
+def test_a_file_with_factors_that_are_not_finite_is_refused(tmp_path, damage):
+    model, plan = make(), plan_for(SPECS, SHAPES)
+    state = apply_plan(model, plan).state_dict()
+    state["head.factors.0"] = damage(state["head.factors.0"])
+    save_safetensors(state, tmp_path / "bad.safetensors", {"format": "kronsearch", "plan": plan.model_dump_json()})
+    with pytest.raises(CheckpointError, match=r"bad.safetensors doesn't fit the plan: 1 not finite \(head.factors.0\)"):
+        load_compressed(model, tmp_path / "bad.safetensors")
 
 
 def test_measured_costs_are_those_of_the_networks():
