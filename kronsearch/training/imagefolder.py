@@ -165,11 +165,7 @@ def _read(path: str, draw: list[list[float]] | None) -> Tensor:
     """Return one image as uint8 (224, 224, 3): the box and flip that `draw` gives, or the middle."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} can't be read as an image: {error}; repair or remove it") from error
+    image = _decode(path)
     if draw is None:
         image = _middle(image)
     else:
@@ -177,6 +173,20 @@ def _read(path: str, draw: list[list[float]] | None) -> Tensor:
         if draw[_TRIES][0] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image))
+
+
+def _decode(path: str) -> "Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # convert() would make white of all above 255
+                return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no known range, 8 or 16 bits have")
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} can't be read as an image: {error}; repair or remove it") from error
 
 
 def _middle(image: "Image") -> "Image":

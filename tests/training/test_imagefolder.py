@@ -180,6 +180,23 @@ def test_of_a_long_image_the_middle_alone_is_resized(folder, size):
     torch.testing.assert_close(images[1], grey.expand_as(images[1:2])[0], atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_images_of_16_bits_have_as_many_shades_as_others(tmp_path, suffix):
+    grey = np.linspace(0, 2**16 - 1, 224 * 256).astype(np.uint16).reshape(224, 256)
+    Image.fromarray(grey).save(tmp_path / f"deep.{suffix}")
+    Image.fromarray((grey // 256).astype(np.uint8)).save(tmp_path / f"flat.{suffix}")
+    deep, flat = (_read(str(tmp_path / f"{name}.{suffix}"), None) for name in ("deep", "flat"))
+    assert torch.equal(deep, flat)
+    assert len(deep.unique()) > 200
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_images_of_an_unknown_range_are_refused(tmp_path, mode, dtype):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=rf"x\.tif can't be read as an image: pixels of mode {mode} have no known"):
+        _read(str(tmp_path / "x.tif"), None)
+
+
 def test_an_unreadable_image_is_named(folder):
     (folder / "test" / "dog" / "0.png").unlink()
     (folder / "test" / "dog" / "0.png").symlink_to(folder / "nowhere")
