@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronsearch.errors import DataError
+from kronsearch.errors import DataError, first_line
 from kronsearch.training.data import Batch, Data, Normalisation, Split, epoch_order, fixed_subset, to_device
 from kronsearch.training.split import stratified_split
 from kronsearch.training.task import Classification
@@ -29,6 +29,9 @@ _SIDE = 224
 _SHORT_SIDE = 256
 _LONGEST = 16  # times the short side of an image that is resized as a whole
 _FINGERPRINT_FILES = 64
+# Of the extensions that are read, and GIF, which others' files often are. Pillow goes by the content, and for
+# PostScript starts another program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _TRIES = 10
 _MIN_AREA = 0.08
@@ -179,14 +182,15 @@ def _decode(path: str) -> "Image":
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image.mode.startswith("I;16"):  # convert() would make white of all above 255
                 return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {image.mode} have no known range, 8 or 16 bits have")
             return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} can't be read as an image: {error}; repair or remove it") from error
+    except Exception as error:  # of a damaged file decoders raise anything
+        reason = first_line(error) or type(error).__name__
+        raise DataError(f"{path} can't be read as an image: {reason}; repair or remove it") from error
 
 
 def _middle(image: "Image") -> "Image":

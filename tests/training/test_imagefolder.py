@@ -197,6 +197,32 @@ def test_images_of_an_unknown_range_are_refused(tmp_path, mode, dtype):
         _read(str(tmp_path / "x.tif"), None)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "JPEG", "MPO", "BMP", "WEBP"])
+def test_an_image_may_have_the_name_of_another_format(tmp_path, kind):
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "x.png", kind)
+    assert (_read(str(tmp_path / "x.png"), None).float().mean((0, 1)) - torch.tensor([200, 100, 50])).abs().max() < 8
+
+
+def test_formats_that_no_extension_is_of_are_not_decoded(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("another program was started"))
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"x\.png can't be read as an image: cannot identify image file"):
+        _read(str(tmp_path / "x.png"), None)
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken\nfile"), RuntimeError("broken"), NotImplementedError()])
+def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch, error):
+    def load(_):
+        raise error
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: load(_))
+    with pytest.raises(DataError, match=r"an image: (broken|NotImplementedError); repair or remove it$"):
+        _read(str(tmp_path / "x.png"), None)
+
+
 def test_an_unreadable_image_is_named(folder):
     (folder / "test" / "dog" / "0.png").unlink()
     (folder / "test" / "dog" / "0.png").symlink_to(folder / "nowhere")
