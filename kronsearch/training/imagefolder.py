@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,7 +103,8 @@ class ImageFolderData(Data):
             samples = self._samples[split]
             digest.update(repr((split, len(samples))).encode())
             for path, label in samples:
-                digest.update(f"{label}/{Path(path).relative_to(self._folder).as_posix()}\n".encode())
+                name = os.fsencode(Path(path).relative_to(self._folder).as_posix())  # which needn't be UTF-8
+                digest.update(f"{label}/".encode() + name + b"\n")
             for path, _ in samples[:: max(1, math.ceil(len(samples) / _FINGERPRINT_FILES))]:
                 try:
                     digest.update(Path(path).read_bytes())

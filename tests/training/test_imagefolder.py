@@ -148,6 +148,16 @@ def test_fingerprint_is_of_the_contents(folder, tmp_path):
     assert load_data(f"imagefolder:{copied}").fingerprint != fingerprint
 
 
+def test_names_that_are_not_text_count_too(folder):
+    import os
+
+    image, fingerprints = folder / "val" / "cat" / "0.png", set()
+    for name in (b"caf\xe9.png", b"caf\xe8.png"):
+        image = image.rename(image.with_name(os.fsdecode(name)))
+        fingerprints.add(load_data(f"imagefolder:{folder}").fingerprint)
+    assert len(fingerprints) == 2
+
+
 def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(DataError, match="no image folders in"):
         load_data(f"imagefolder:{tmp_path}")
