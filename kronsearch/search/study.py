@@ -34,11 +34,12 @@ __all__ = [
 ]
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_BEGUN = (*_FINISHED, TrialState.RUNNING)
 PLAN, DIGEST, SCORE, OVER = "plan", "digest", "score", "over"
 OBJECTIVE = "divergence from the dense network"
 _IDENTITY = "identity"
 _COMPLETE = "complete"  # how a trial ended that can win
-_UNTOLD = (PLAN, WORKER, BEAT)  # in the table
+_UNTOLD = (PLAN, WORKER, BEAT, _IDENTITY)  # in the table
 
 Identity = Mapping[str, Any]
 Slot = TypeVar("Slot", int, str)
@@ -60,6 +61,9 @@ class Study:
 
     By default it is a Gaussian process. A trial whose plan is over a budget is complete for it, with an objective and a
     constraint to learn from; only it can't win. Pruned is one without any objective.
+
+    The settings that a study was made with are those of its first trial: each comes into being with its own, so that of
+    workers which begin with different ones all but one are refused, and a study without trials takes any.
 
     A worker that ends before its trial does leaves it running. Whoever asks next closes it as failed and its slot is
     free again: at once where both are on one machine, after minutes without a sign of life where they aren't.
@@ -96,16 +100,16 @@ class Study:
         trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
         known = self._study.user_attrs.get(_IDENTITY)
         where = f"the study {name!r} in {hidden(storage or 'memory')}"
-        if (known is None and trials) or not isinstance(known, dict | None):
+        fits = len(self._study.directions) == objectives
+        if (known is None and (trials or not fits)) or not isinstance(known, dict | None):
             raise StudyError(f"{where} is not kronsearch's: pass another --study or --storage")
-        if known is None:
-            self._study.set_user_attr(_IDENTITY, dict(identity))
-        elif differing := differences(known, identity):
-            raise StudyError(
-                f"{where} was made with other settings ({differing}): "
-                "repeat them to resume it, or pass another --study or --out"
-            )
         self._told, self._where = tuple(told), where
+        self.others()  # what was given up counts for nothing
+        begun = self._study.get_trials(deepcopy=False, states=_BEGUN)
+        if known is not None and (begun or not fits):
+            self._check_identity(begun[0].user_attrs.get(_IDENTITY, known) if begun else known)
+        if known != self._identity:
+            self._study.set_user_attr(_IDENTITY, self._identity)
         self.finished()
 
     def beside(self, name: str, *, told: Sequence[str]) -> "Study":
@@ -172,6 +176,9 @@ class Study:
 
         Returns:
             The trial, or None if all slots are finished or in the hands of other workers.
+
+        Raises:
+            StudyError: a worker with other settings has begun the study.
         """
         while True:
             running = {trial.user_attrs.get(SLOT) for trial in self.others()}
@@ -215,22 +222,35 @@ class Study:
         return pd.DataFrame(rows)
 
     def _claim(self, slot: int | str, given: Mapping[str, float] | None) -> Trial | None:
-        """Begin the trial of a slot; None if another worker was first."""
+        """Begin the trial of a slot; None if another worker was first, StudyError if one with other settings was."""
         claim = optuna.create_trial(  # one write: nobody ever sees a trial without its slot and its worker
             state=TrialState.RUNNING,
-            user_attrs={SLOT: slot, WORKER: self._me},
+            user_attrs={SLOT: slot, WORKER: self._me, _IDENTITY: self._identity},
             system_attrs={} if given is None else {GIVEN: dict(given)},
         )
         self._study.add_trial(claim)
-        states = (*_FINISHED, TrialState.RUNNING)
-        rivals = [t for t in self._study.get_trials(deepcopy=False, states=states) if t.user_attrs.get(SLOT) == slot]
+        trials = self._study.get_trials(deepcopy=False, states=_BEGUN)
+        rivals = [trial for trial in trials if trial.user_attrs.get(SLOT) == slot]
         mine = next(t for t in rivals if t.state is TrialState.RUNNING and t.user_attrs.get(WORKER) == self._me)
+        try:
+            for trial in trials[: trials.index(mine)]:
+                self._check_identity(trial.user_attrs.get(_IDENTITY, self._identity))
+        except StudyError:
+            self._close(mine.number, TrialState.FAIL)
+            raise
         if any(rival.number < mine.number for rival in rivals):
             self._close(mine.number, TrialState.FAIL)
             return None
         digest = hashlib.sha256(f"{self.seed}/{slot}".encode()).digest()
         self._study.sampler = new_sampler(self._sampler, int.from_bytes(digest[:4], "big"))
         return Trial(self._study, mine._trial_id)
+
+    def _check_identity(self, known: Identity) -> None:
+        if differing := differences(known, self._identity):
+            raise StudyError(
+                f"{self._where} was made with other settings ({differing}): "
+                "repeat them to resume it, or pass another --study or --out"
+            )
 
     def _close(self, trial: Trial | int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """End a trial, unless another worker did; return whether it is in this state now."""

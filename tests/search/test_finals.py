@@ -200,7 +200,7 @@ def test_what_was_measured_for_a_study_that_is_gone_is_of_no_account(finals_of):
 
 
 def test_finals_of_other_settings_are_refused(finals_of, tmp_path):
-    finals_of(("plain", 0.9))
+    play(finals_of(("plain", 0.9)), Told((0.5, 0.25)))
     elsewhere = Study(f"sqlite:///{tmp_path / 'a.db'}", "t", {"model": "n"}, seed=SEED)
     elsewhere.name = "s"
     with pytest.raises(StudyError, match=r"'s finals' .* was made with other settings \(model was m, is n\)"):

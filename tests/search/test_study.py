@@ -261,15 +261,51 @@ def test_the_sampler_comes_near_to_the_least_divergence(tmp_path):
 
 
 def test_another_identity_is_refused_with_what_differs(tmp_path):
-    opened(tmp_path / "a.db")
+    run_trials(opened(tmp_path / "a.db"), 1)
     with pytest.raises(StudyError, match=r"\(budget was flops 50%, is params 20%\)") as caught:
         opened(tmp_path / "a.db", {**IDENTITY, "budget": "params 20%"})
     assert "\n" not in str(caught.value)
 
 
+def test_a_study_without_trials_takes_other_settings(tmp_path):
+    opened(tmp_path / "a.db")
+    other = {**IDENTITY, "budget": "params 20%"}
+    begin_and_give_up(tmp_path / "a.db", other)
+    run_trials(opened(tmp_path / "a.db", IDENTITY), 1)
+    with pytest.raises(StudyError, match=r"\(budget was flops 50%, is params 20%\)"):
+        opened(tmp_path / "a.db", other)
+
+
+def begin_and_give_up(path, identity):
+    assert opened(path, identity).ask(range(2), no_given) is not None
+
+
+def test_of_workers_with_different_settings_the_first_to_begin_goes_on(tmp_path):
+    other = {**IDENTITY, "budget": "params 20%"}
+    loser = opened(tmp_path / "a.db")
+    winner = opened(tmp_path / "a.db", other)
+    latest = opened(tmp_path / "a.db")  # writes its settings over the winner's
+    trial = winner.ask(range(2), no_given)
+    for each in (loser, latest):
+        with pytest.raises(StudyError, match=r"\(budget was params 20%, is flops 50%\)"):
+            each._claim(1, None)
+    assert run_trial(winner, trial)
+    assert [trial.number for trial in winner.finished()] == [0]
+    assert winner.others() == []
+    with pytest.raises(StudyError, match=r"\(budget was params 20%, is flops 50%\)"):
+        opened(tmp_path / "a.db")
+    run_trials(opened(tmp_path / "a.db", other), 2)
+
+
+def test_a_study_of_another_number_of_objectives_is_refused_without_trials(tmp_path):
+    opened(tmp_path / "a.db")
+    with pytest.raises(StudyError, match=r"\(objective was None, is two\)"):
+        Study(at(tmp_path / "a.db"), "s", {**IDENTITY, "objective": "two"}, seed=0, objectives=2)
+
+
 def test_a_study_with_another_objective_is_refused(tmp_path):
     """As those are that an earlier version made, which had none in their identity."""
-    opened(tmp_path / "a.db")
+    run_trials(opened(tmp_path / "a.db"), 1)
     with pytest.raises(StudyError, match=r"\(objective was None, is divergence\)"):
         opened(tmp_path / "a.db", {**IDENTITY, "objective": "divergence"})
 
