@@ -8,11 +8,11 @@ import torch
 from optuna.trial import FrozenTrial
 from torch import nn
 
-from kronsearch.errors import KronsearchError, ModelError, StudyError, TrainingError
+from kronsearch.errors import CheckpointError, KronsearchError, ModelError, PlanError, StudyError, TrainingError
 from kronsearch.finetuning.course import Course, Start, long_settings
 from kronsearch.finetuning.loop import Tell
 from kronsearch.finetuning.validation import Validation
-from kronsearch.models.apply import is_compressed, stored_plan
+from kronsearch.models.apply import stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score
@@ -35,10 +35,12 @@ def final_plan(trial: FrozenTrial, study: str, score: Score | None) -> Plan:
 
 
 def is_done(path: Path, plan: Plan, epochs: float) -> bool:
-    """Tell whether a file holds the network of this plan, fine-tuned for so many epochs."""
-    if not (path.is_file() and is_compressed(path)):
+    """Tell whether a file holds the network of this plan, fine-tuned for so many epochs; a damaged one doesn't."""
+    try:
+        kept = stored_plan(path)
+    except (CheckpointError, PlanError):
         return False
-    kept = stored_plan(path).model_copy(update={"latency": plan.latency})  # timed anew it is the same network
+    kept = kept.model_copy(update={"latency": plan.latency})  # timed anew it is the same network
     return kept == plan and read_metadata(path).get("epochs") == str(epochs)
 
 
