@@ -17,19 +17,23 @@ __all__ = ["alone", "make_folder", "replacing", "write_text"]
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside the target to write to; at the end flush it to disk and rename it to the target.
 
+    Of a link the target is what it leads to. Devices and pipes are refused: renamed over, they would be gone.
     On an error the temporary file is removed and the target is as it was.
 
     Raises:
         FileError: the file can't be written.
     """
+    target = Path(os.path.realpath(path))
     # not by the number of the process: in containers that share a folder all have the same
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("it is a device or a pipe")
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise FileError(f"can't write {path} ({error.strerror or error}): pass another place") from error
     finally:
