@@ -588,6 +588,16 @@ def test_the_program_runs_as_a_module_and_through_a_closed_pipe(plan, tmp_path):
     assert "Traceback" not in shell.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+def test_results_that_can_not_be_written_are_told_in_one_line(plan, tmp_path):
+    save_plan(plan, "plan.json")
+    line = [sys.executable, "-c", "from kronsearch.cli import main; main()", "show", "plan.json"]
+    with Path("/dev/full").open("w") as full:
+        shell = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env())
+    assert shell.returncode == 2
+    assert shell.stderr == "error: can't write the results to stdout (No space left on device): pass another place\n"
+
+
 def test_a_terminal_that_has_no_sign_for_it_gets_another(plan, tmp_path):
     save_plan(plan, "plan.json")
     shell = subprocess.run(
