@@ -3,6 +3,8 @@
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,7 +16,7 @@ from sqlalchemy.pool import NullPool
 
 from kronsearch.errors import StudyError, first_line
 
-__all__ = ["hidden", "open_study"]
+__all__ = ["hidden", "kept", "open_study"]
 
 _URLS = "sqlite:///study.db, journal:///study.log, postgresql+psycopg://USER@HOST/NAME or grpc://HOST:PORT"
 _FAILURES = (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError, optuna.exceptions.OptunaError)
@@ -56,6 +58,22 @@ def open_study(url: str | None, name: str, objectives: int = 1) -> optuna.Study:
                 ) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def kept(url: str | None) -> Iterator[None]:
+    """Turn failures of a storage in use, such as a full disk, into errors of one line.
+
+    Raises:
+        StudyError: the storage at this URL, or memory, failed.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = _reason(error.__cause__ or error, url)
+        raise StudyError(
+            f"the storage {hidden(url or '')} failed ({reason}): mend it, and run the same line again to resume"
+        ) from error
 
 
 def hidden(url: str) -> str:

@@ -15,7 +15,7 @@ from kronsearch.errors import StudyError, differences
 from kronsearch.files import replacing
 from kronsearch.plan import Plan, parse_plan
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
-from kronsearch.search.storage import hidden, open_study
+from kronsearch.search.storage import hidden, kept, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 
 __all__ = [
@@ -185,7 +185,8 @@ class Study:
             slot = next((slot for slot in self.left(slots) if slot not in running), None)
             if slot is None:
                 return None
-            trial = self._claim(slot, given(slot))
+            with kept(self._storage):
+                trial = self._claim(slot, given(slot))
             if trial is not None:
                 return trial
 
@@ -203,7 +204,7 @@ class Study:
     @contextmanager
     def at_work(self, trial: Trial) -> Iterator[None]:
         """Show other workers that this one lives; work on a trial that one of them has taken over ends early."""
-        with suppress(optuna.exceptions.UpdateFinishedTrialError), Pulse(trial):
+        with suppress(optuna.exceptions.UpdateFinishedTrialError), kept(self._storage), Pulse(trial):
             yield
 
     def tell(self, trial: Trial, *values: float) -> bool:

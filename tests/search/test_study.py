@@ -310,6 +310,24 @@ def test_a_study_with_another_objective_is_refused(tmp_path):
         opened(tmp_path / "a.db", {**IDENTITY, "objective": "divergence"})
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_full_disk_is_told_in_one_line(tmp_path, begun):
+    study = opened(tmp_path / "a.db")
+    trial = study.ask(range(2), no_given) if begun else None
+    full = "PRAGMA max_page_count = 1"  # SQLite takes the pages that there are
+    engine = study._study._storage._backend.engine
+    sqlalchemy.event.listen(engine, "checkout", lambda connection, *_: connection.execute(full))
+    told = pytest.raises(StudyError, match=r"storage sqlite:///.*a.db failed \(.*database or disk is full\): mend it,")
+    much = "x" * 2**20
+    if begun:
+        with told, study.at_work(trial):
+            trial.set_user_attr("plan", much)
+    else:
+        study._identity = {"model": much}
+        with told:
+            study.ask(range(2), no_given)
+
+
 def test_a_study_of_somebody_elses_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
     optuna.create_study(storage=url, study_name="s").ask()
