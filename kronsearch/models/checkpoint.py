@@ -20,6 +20,7 @@ from kronsearch.files import replacing
 __all__ = [
     "check_storable",
     "fill",
+    "fingerprint_tensors",
     "fingerprint_weights",
     "load_state_dict",
     "load_weights",
@@ -148,9 +149,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """Return the SHA-256, in hex, of the model's tensors: names, types, shapes and bytes, in the order of the names."""
+    """Return the fingerprint of the model's tensors."""
+    return fingerprint_tensors(model.state_dict())
+
+
+def fingerprint_tensors(state: Mapping[str, object]) -> str:
+    """Return the SHA-256, in hex, of the tensors: names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(_bytes(value))

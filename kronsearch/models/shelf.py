@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from kronsearch.errors import CheckpointError
-from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
+from kronsearch.models.checkpoint import fingerprint_tensors, load_state_dict, read_metadata, save_safetensors
 
 __all__ = ["Shelf", "versions"]
 
-_KEY = "key"
+_KEY, _DIGEST = "key", "digest"
 
 
 class Shelf:
@@ -28,13 +28,15 @@ class Shelf:
         self.folder = folder
 
     def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """Return what was put there under this key, None if nothing was or if it can't be read."""
+        """Return what was put there under this key, None if nothing was, or if it can't be read or was changed."""
         path = self._path(kind, key)
         if path is None or not path.is_file():
             return None
         try:
-            if read_metadata(path).get(_KEY) == _text(key):
-                return load_state_dict(path, wrapped=False)
+            told = read_metadata(path)
+            if told.get(_KEY) == _text(key):
+                tensors = load_state_dict(path, wrapped=False)
+                return tensors if told.get(_DIGEST) == fingerprint_tensors(tensors) else None
         except CheckpointError:
             pass  # it is computed anew, and written over
         return None
@@ -47,7 +49,7 @@ class Shelf:
         """
         path = self._path(kind, key)
         if path is not None:
-            save_safetensors(tensors, path, {_KEY: _text(key)})
+            save_safetensors(tensors, path, {_KEY: _text(key), _DIGEST: fingerprint_tensors(tensors)})
 
     def _path(self, kind: str, key: Mapping[str, Any]) -> Path | None:
         if self.folder is None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kronsearch.errors import FileError
+from kronsearch.models.checkpoint import load_state_dict, read_metadata, save_safetensors
 from kronsearch.models.shelf import Shelf
 
 KEY = {"weights": "abc", "layers": ["conv1", "conv2"], "seed": 0}
@@ -47,6 +48,18 @@ def test_a_broken_file_is_as_none_and_written_over(tmp_path, content):
     assert shelf.get("moments", KEY) is None
     shelf.put("moments", KEY, tensors())
     assert shelf.get("moments", KEY) is not None
+
+
+@pytest.mark.parametrize("change", [lambda t: t * torch.nan, lambda t: t[0], lambda t: t.bfloat16(), lambda t: t + 1])
+def test_a_file_of_other_tensors_is_as_none(tmp_path, change):
+    shelf = Shelf(tmp_path)
+    shelf.put("moments", KEY, tensors())
+    (file,) = tmp_path.iterdir()
+    metadata, kept = read_metadata(file), load_state_dict(file)
+    save_safetensors(kept, file, metadata)
+    assert shelf.get("moments", KEY) is not None
+    save_safetensors(kept | {"a/inputs": change(kept["a/inputs"])}, file, metadata)
+    assert shelf.get("moments", KEY) is None
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
