@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from kronsearch.choices import DecoderName, ObjectiveName, SamplerName, SensitivityName
 from kronsearch.errors import KronsearchError
+from kronsearch.jsontext import read_json
 from kronsearch.yamlfile import read_yaml
 
 __all__ = ["CONFIG_FILE", "OptionError", "Settings", "read_settings", "resolve"]
@@ -44,13 +45,14 @@ def _shape(value: object) -> object:
 
 
 def _json_object(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
+    wanted = """write a JSON object of the model's keyword arguments, such as '{"num_classes": 10}'"""
+    try:
+        value = read_json(value) if isinstance(value, str) else value
+        json.dumps(value, ensure_ascii=False, default=str).encode()  # halves of characters can't be written to a plan
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{wanted} ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError("""write a JSON object of the model's keyword arguments, such as '{"num_classes": 10}'""")
+        raise ValueError(wanted)
     return value
 
 
@@ -175,7 +177,7 @@ def read_settings(path: Path) -> Settings:
 def _first(error: ValidationError) -> tuple[str, str]:
     """Return the option's name and what is wrong with it."""
     first = error.errors()[0]
-    name = str(first["loc"][0])
+    name = str(first["loc"][0]) if first["loc"] else "an option's name"
     if first["type"] == "extra_forbidden":
         close = get_close_matches(name, Settings.model_fields, n=1)
         hint = f"did you mean {_dashed(close[0])}?" if close else "see `kronsearch run --help`"

@@ -19,6 +19,7 @@ from pydantic import (
 
 from kronsearch.errors import PlanError
 from kronsearch.files import write_text
+from kronsearch.jsontext import read_json
 from kronsearch.sekron.spec import SeKronSpec
 
 __all__ = [
@@ -242,7 +243,7 @@ def parse_plan(text: str, *, origin: str) -> Plan:
         PlanError: it is not a plan, of another schema, or contradicts itself.
     """
     try:
-        content = json.loads(text)
+        content = read_json(text)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{origin} is not JSON ({error}): pass the plan.json that `kronsearch run` wrote") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -35,7 +35,7 @@ def read_yaml(path: Path, *, largest: int, error: type[KronsearchError]) -> tupl
         return (None if node is None else loader.construct_document(node)), node
     except KronsearchError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as cause:
+    except Exception as cause:  # what makes values of tags raises anything
         mark = getattr(cause, "problem_mark", None)
         reason = getattr(cause, "problem", None) or getattr(cause, "reason", None) or type(cause).__name__
         where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)

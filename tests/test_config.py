@@ -101,7 +101,7 @@ def test_model_arguments_are_json(config):
     assert resolve({"model_args": '{"a": [1, null]}'}, config_file=config).model_args == {"a": [1, None]}
 
 
-@pytest.mark.parametrize("written", ["{", "[1]", "1", "[" * 100_000])
+@pytest.mark.parametrize("written", ["{", "[1]", "1", "[" * 100_000, r'{"a": "\ud800"}', '{"a": {"b": 1, "b": 2}}'])
 def test_model_arguments_that_are_no_object(config, written):
     with pytest.raises(OptionError, match=r": write a JSON object of the model's keyword arguments"):
         resolve({"model_args": written}, config_file=config)
@@ -138,6 +138,12 @@ def test_values_out_of_bounds(config, option, value, reason):
         ("trials: true\n", r"line 1: trials: Input should be a valid integer"),
         ("timeout: 90\n", r"line 1: timeout: write a duration"),
         ("trials: 1\ntrials: 2\n", r"an option twice"),
+        ('trials: !!int ""', r"not YAML that can be read \(IndexError\)"),
+        ('seconds: !!float ""', r"not YAML that can be read \(\w+Error\)"),
+        ('quiet: !!bool "x"', r"not YAML that can be read \(KeyError\)"),
+        ('model: !!timestamp "x"', r"not YAML that can be read \(AttributeError\)"),
+        (r'"\ud800": 1', r"line 1: an option's name: "),
+        (r'model-args: {"x": "\ud800"}', r"line 1: model-args: write a JSON object .* surrogates"),
         ("budget-flops: 1G\nbudget_flops: 2G\n", r"line 2: budget-flops stands there twice"),
         ("model: [\n", r"line 2: not YAML"),
         ("model: 'a\n", r"line 2: not YAML"),

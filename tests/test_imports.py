@@ -22,16 +22,17 @@ LINE = (
     "search",
     "cli",
 )  # each may import itself and what stands before it
-COMMON = ("errors", "files", "yamlfile", "usercode", "budget", "choices", "plan", "progress")
+COMMON = ("errors", "files", "jsontext", "yamlfile", "usercode", "budget", "choices", "plan", "progress")
 COMMON_MAY_IMPORT = {
     "errors": (),
     "files": ("kronsearch.errors",),
+    "jsontext": (),
     "yamlfile": ("kronsearch.errors",),
     "usercode": (),
     "budget": ("kronsearch.errors",),
     "choices": ("kronsearch.errors",),
     "progress": (),
-    "plan": ("kronsearch.errors", "kronsearch.files", "kronsearch.sekron.spec"),
+    "plan": ("kronsearch.errors", "kronsearch.files", "kronsearch.jsontext", "kronsearch.sekron.spec"),
 }
 OWNERS = {  # third parties that only these may import
     "fvcore": ("kronsearch.models.",),

@@ -232,6 +232,7 @@ def test_a_missing_field_is_named(plan, field):
     [
         ("", "X is not JSON"),
         ("{", "X is not JSON"),
+        ('{"schema_version": 1, "model": {"spec": "a", "spec": "b"}}', r"X is not JSON \('spec' stands there twice\)"),
         ("[" * 100_000, "X is not JSON"),
         ('{"schema_version": ' + "9" * 5000 + "}", "X is not JSON"),
         ('{"schema_version": ' + "[" * 300 + "]" * 300 + "}", "X is not a plan"),
