@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from kronsearch.errors import FileError
 
-__all__ = ["alone", "make_folder", "replacing", "write_text"]
+__all__ = ["alone", "make_folder", "read_text", "replacing", "write_text"]
 
 
 @contextmanager
@@ -71,6 +71,17 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"can't make the folder {folder} ({error.strerror}): pass another --out") from error
+
+
+def read_text(path: Path, largest: int) -> str | None:
+    """Return the content of a text file in UTF-8, None where it has more bytes than that, as devices without an end do.
+
+    Raises:
+        OSError, UnicodeDecodeError: it can't be read, or is no such text.
+    """
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    return None if len(content) > largest else content.decode("utf-8")
 
 
 def write_text(path: Path, text: str) -> None:

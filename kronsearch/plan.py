@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kronsearch.errors import PlanError
-from kronsearch.files import write_text
+from kronsearch.files import read_text, write_text
 from kronsearch.jsontext import read_json
 from kronsearch.sekron.spec import SeKronSpec
 
@@ -225,14 +225,14 @@ def load_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise PlanError(f"{path} is larger than any plan ({_LARGEST_FILE >> 20} MiB): pass a plan.json")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST_FILE)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise PlanError(
             f"can't read the plan {path} ({reason}): pass the plan.json that `kronsearch run` wrote"
         ) from error
+    if text is None:
+        raise PlanError(f"{path} is larger than any plan ({_LARGEST_FILE >> 20} MiB): pass a plan.json")
     return parse_plan(text, origin=str(path))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from kronsearch.errors import KronsearchError
+from kronsearch.files import read_text
 
 __all__ = ["read_yaml"]
 
@@ -22,12 +23,12 @@ def read_yaml(path: Path, *, largest: int, error: type[KronsearchError]) -> tupl
             exponentially much) or is nested deeper than 20 levels (which takes PyYAML quadratic time).
     """
     try:
-        if path.is_file() and path.stat().st_size > largest:
-            raise error(f"{path} is larger than {largest >> 10} KiB: it holds a line or so per option")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, largest)
     except (OSError, UnicodeDecodeError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else "not UTF-8 text"
         raise error(f"can't read {path} ({reason}): correct or remove it") from cause
+    if text is None:
+        raise error(f"{path} is larger than {largest >> 10} KiB: it holds a line or so per option")
     try:
         _refuse_what_explodes(text, path, error)
         loader = yaml.SafeLoader(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kronsearch.errors import FileError
-from kronsearch.files import make_folder, replacing, write_text
+from kronsearch.files import make_folder, read_text, replacing, write_text
 
 
 def test_a_text_is_written_and_replaced(tmp_path):
@@ -18,6 +18,14 @@ def test_a_text_is_written_and_replaced(tmp_path):
     write_text(path, "")
     assert path.read_bytes() == b""
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_no_more_is_read_than_is_wanted(tmp_path):
+    write_text(tmp_path / "file.txt", "größer")
+    assert read_text(tmp_path / "file.txt", 8) == "größer"
+    assert read_text(tmp_path / "file.txt", 7) is None
+    if Path("/dev/zero").exists():
+        assert read_text(Path("/dev/zero"), 100) is None
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -27,7 +27,7 @@ COMMON_MAY_IMPORT = {
     "errors": (),
     "files": ("kronsearch.errors",),
     "jsontext": (),
-    "yamlfile": ("kronsearch.errors",),
+    "yamlfile": ("kronsearch.errors", "kronsearch.files"),
     "usercode": (),
     "budget": ("kronsearch.errors",),
     "choices": ("kronsearch.errors",),

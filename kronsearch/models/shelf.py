@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kronsearch.errors import CheckpointError
+from kronsearch.errors import CheckpointError, FileError
 from kronsearch.models.checkpoint import fingerprint_tensors, load_state_dict, read_metadata, save_safetensors
 
 __all__ = ["Shelf", "versions"]
@@ -22,9 +22,14 @@ class Shelf:
 
     Args:
         folder: where they are; None keeps nothing.
+
+    Raises:
+        FileError: a file is in the folder's place.
     """
 
     def __init__(self, folder: Path | None) -> None:
+        if folder is not None and (taken := next((path for path in (folder, *folder.parents) if path.is_file()), None)):
+            raise FileError(f"can't keep a cache in {folder} ({taken} is a file): pass another --cache")
         self.folder = folder
 
     def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:

@@ -72,5 +72,11 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
 
 def test_a_folder_that_can_not_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(FileError, match=rf"can't keep a cache in {folder} \({tmp_path / 'file'} is a file\): pass"):
+            Shelf(folder)
+    (tmp_path / "folder").mkdir()
+    shelf = Shelf(tmp_path / "folder" / "cache")
+    (tmp_path / "folder" / "cache").write_text("")
     with pytest.raises(FileError, match="can't write"):
-        Shelf(tmp_path / "file" / "cache").put("moments", KEY, tensors())
+        shelf.put("moments", KEY, tensors())
