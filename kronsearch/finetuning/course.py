@@ -119,13 +119,15 @@ class Course:
         }
 
     def found(self) -> Found | None:
-        """Return what there is in the folder to resume from.
+        """Return what there is in the folder to resume from; not one with other settings that has not taken a step.
 
         Raises:
             CheckpointError: it is of another kind, malformed, or not all there.
             TrainingError: it is of another fine-tune.
         """
         found = read_record(self._out / CHECKPOINT)
+        if found is not None and not found[0].begun and found[0].identity != self.identity:
+            return None
         if found is not None:
             found[0].check(self.identity, self._out / CHECKPOINT)
             if found[0].kept is not None and not (self._out / COMPRESSED).is_file():

@@ -63,6 +63,11 @@ class Record(_Part):
     losses: tuple[float, Count] = (0.0, 0)
 
     @property
+    def begun(self) -> bool:
+        """Whether there was a step."""
+        return bool(self.log) or self.losses[1] > 0
+
+    @property
     def kept(self) -> Row | None:
         """The row of the network that is kept as the best."""
         return next((row for row in reversed(self.log) if row.kept), None)

@@ -104,6 +104,13 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(begin, whole, tmp_pat
         assert float(mine["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
 
 
+def test_what_has_not_taken_a_step_is_begun_with_other_settings(begin, tmp_path):
+    with pytest.raises(Stopped, match="by the test"):
+        begin(tmp_path, watch=stopping_at(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert begin(tmp_path, epochs=0.5).log["epoch"].iloc[-1] == 0.5
+
+
 @pytest.mark.parametrize("last", ["save_compressed", "save_log"])
 def test_killed_between_the_files_of_its_first_epoch_it_is_resumed(begin, whole, tmp_path, monkeypatch, last):
     with monkeypatch.context() as patch:
