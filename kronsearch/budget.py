@@ -23,7 +23,8 @@ _COUNTS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _COSTS = {"flops": "macs", "params": "params", "latency": "latency"}  # what limits call the costs of a budget
 _TIMES = {"us": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 _MOST = 1000  # budgets of a sweep
-_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z%]{0,2})", re.ASCII)
+_LARGEST = 10**18  # amount: plans and the allocation count in 64 bits
+_AMOUNT = re.compile(r"(\d{1,19}(?:\.\d{1,9})?)\s*([a-zA-Z%]{0,2})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,15 @@ class Amount:
     relative: bool
 
     def of(self, dense: int) -> int:
-        """Return the count, rounded down, given the dense model's."""
-        return int(self.value * dense) if self.relative else int(self.value)
+        """Return the count, rounded down and at most 10^18, given the dense model's."""
+        return min(int(self.value * dense) if self.relative else int(self.value), _LARGEST)
 
 
 def parse_amount(amount: str | int, *, name: str) -> Amount:
     """Read an amount such as `1.5G`, `90k`, `1000` or `50%`; of the latency, such as `5ms` or `50%`, in nanoseconds.
 
     Raises:
-        BudgetError: it can't be read, or is not above zero.
+        BudgetError: it can't be read, is not above zero, or is above 10^18 (10^18 %).
     """
     timed = name == "latency"
     units, examples = (_TIMES, "5ms, 800us or 50%") if timed else (_COUNTS, "1G, 90k or 50%")
@@ -136,6 +137,11 @@ def parse_amount(amount: str | int, *, name: str) -> Amount:
         raise BudgetError(
             f"a budget of {name} {amount} leaves nothing: write a {'time' if timed else 'number'} above zero, such as "
             f"{'5ms' if timed else '1G'} or 50%"
+        )
+    if read.value * (100 if relative else 1) > _LARGEST:
+        raise BudgetError(
+            f"a budget of {name} {amount} is more than any network needs: write a smaller "
+            f"{'time, such as 5ms' if timed else 'number, such as 1G'} or 50%"
         )
     return read
 
@@ -169,9 +175,7 @@ class Span:
         """Return the budget at a place from 0, the smallest, to 1, the largest; even steps are even ratios."""
         low, high = (parse_amount(amount, name=self.cost) for amount in (self.low, self.high))
         value = float(low.value) * float(high.value / low.value) ** place
-        between = (
-            f"{float(f'{100 * value:.4g}'):.9f}".rstrip("0").rstrip(".") + "%" if low.relative else str(int(value))
-        )
+        between = _percent(float(f"{100 * value:.4g}")) if low.relative else str(int(value))
         amount = self.low if place <= 0 else self.high if place >= 1 else between
         if 0 < place < 1 and not low.value <= parse_amount(amount, name=self.cost).value <= high.value:  # by rounding
             amount = self.low if place < 0.5 else self.high
@@ -259,7 +263,7 @@ def _spaced(text: str, name: str) -> list[str]:
     between = [low.value + step * place for place in range(1, int(count) - 1)]
     return [
         first,
-        *(f"{round(float(100 * value), 2):g}%" if low.relative else _absolute(int(value), name) for value in between),
+        *(_percent(round(float(100 * value), 2)) if low.relative else _absolute(int(value), name) for value in between),
         last,
     ]
 
@@ -272,6 +276,10 @@ def _check_ends(first: str, last: str, name: str, text: str) -> tuple[Amount, Am
             "first is the smaller one"
         )
     return low, high
+
+
+def _percent(value: float) -> str:
+    return f"{value:.9f}".rstrip("0").rstrip(".") + "%"
 
 
 def _absolute(value: int, name: str) -> str:
