@@ -102,7 +102,7 @@ class Problem:
             for name, cost in self.dense.items()
         }
         choices = [Choices(layer.costs, self.weighed(layer, weighing)) for layer in self.candidates]
-        return allocate(choices, self.bounds, fixed=fixed)
+        return allocate(choices, self.bounds, fixed=fixed, asked=self.limits)
 
     def predicted_error(self, chosen: Sequence[int]) -> float:
         """Return the mean relative squared error of the chosen candidates, weighed by sensitivity."""

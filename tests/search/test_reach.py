@@ -39,3 +39,4 @@ def test_layers_that_the_space_keeps_dense_are_not_replaceable(digits_cost):
     assert everything
     assert replaceable(digits_cost, SearchSpace(keep_dense=(everything[0],))) == everything[1:]
     assert smallest_cost(digits_cost, SearchSpace(keep_dense=("*",))) == (digits_cost.macs, digits_cost.params)
+    check_reachable(digits_cost, SearchSpace(keep_dense=("*",)), Limits(digits_cost.macs, digits_cost.params))
