@@ -147,11 +147,12 @@ def test_a_place_between_divides_the_logarithm_of_the_cost(problem):
 
 
 def test_every_candidate_of_a_front_is_at_its_own_place(problem):
+    plain = problem.allocate(Weighing())
     for number, layer in enumerate(problem.candidates):
         for index in front(problem, layer)[0]:
             chosen = [0] * len(problem.candidates)
             chosen[number] = int(index)
-            allocation = replace(problem.allocate(Weighing()), chosen=tuple(chosen))
+            allocation = replace(plain, chosen=tuple(chosen))
             assert place(problem, places(problem, allocation)).chosen == tuple(chosen)
 
 
