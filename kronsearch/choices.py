@@ -4,7 +4,15 @@ from typing import Literal, get_args
 
 from kronsearch.errors import StudyError
 
-__all__ = ["DecoderName", "ObjectiveName", "SamplerName", "SensitivityName", "check_choices", "check_counts"]
+__all__ = [
+    "DecoderName",
+    "ObjectiveName",
+    "SamplerName",
+    "SensitivityName",
+    "check_choices",
+    "check_counts",
+    "check_length",
+]
 
 DecoderName = Literal["allocate", "direct"]
 ObjectiveName = Literal["score", "pareto"]
@@ -29,3 +37,10 @@ def check_counts(**numbers: object) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise StudyError(f"{name.replace('_', ' ')} {number!r} is asked for: ask for a whole number above zero")
+
+
+def check_length(trials: int, timeout: float | None) -> None:
+    """Raise `StudyError` unless a search can have so many trials, and end after so many seconds."""
+    check_counts(trials=trials)
+    if timeout is not None and not timeout >= 0:
+        raise StudyError(f"a timeout of {timeout} seconds is asked for: ask for 0 or more")

@@ -7,8 +7,7 @@ interrupted; 1 for a fault of the program.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from io import StringIO, TextIOWrapper
 from pathlib import Path
@@ -18,7 +17,8 @@ import typer
 
 from kronsearch import commands
 from kronsearch.config import Settings, resolve
-from kronsearch.errors import FileError, KronsearchError
+from kronsearch.errors import KronsearchError
+from kronsearch.files import written
 from kronsearch.tables import one_line
 
 __all__ = ["app", "main"]
@@ -317,7 +317,7 @@ def _execute(command: Callable[[Settings], None], **given: object) -> None:
     try:
         settings = resolve({name: None if value is False else value for name, value in given.items()})
         debug = settings.debug
-        with _written():
+        with written(sys.stdout or StringIO()):
             command(settings)
     except KronsearchError as error:
         _fail(f"error: {error}", 2, debug=debug)
@@ -328,24 +328,6 @@ def _execute(command: Callable[[Settings], None], **given: object) -> None:
     except Exception as error:
         hint = "" if debug else " (run again with --debug for the traceback)"
         _fail(f"error: {type(error).__name__}: {error}{hint}", 1, debug=debug)
-
-
-@contextmanager
-def _written() -> Iterator[None]:
-    """Tell of results that can't be written to stdout, which Python does at its end only, in lines of its own."""
-    stdout = sys.stdout or StringIO()
-    try:
-        yield
-        stdout.flush()
-    except OSError:
-        try:
-            stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-            raise FileError(f"can't write the results to stdout ({error.strerror}): pass another place") from error
-        raise
 
 
 def _fail(message: str, code: int, *, debug: bool = False) -> NoReturn:

@@ -1,16 +1,17 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files that are whole or not there: written beside their place, then renamed. And what becomes of stdout."""
 
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from kronsearch.errors import FileError
 
-__all__ = ["alone", "make_folder", "read_text", "replacing", "write_text"]
+__all__ = ["alone", "make_folder", "read_text", "replacing", "write_text", "written"]
 
 
 @contextmanager
@@ -88,3 +89,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, all of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written(stdout: IO[str]) -> Iterator[None]:
+    """Flush results at the end; Python would tell of those that can't be written as it exits, in lines of its own.
+
+    Raises:
+        FileError: they can't, for another reason than that nobody reads them.
+    """
+    try:
+        yield
+        stdout.flush()
+    except OSError:
+        try:
+            stdout.flush()  # is it stdout that fails?
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+            raise FileError(f"can't write the results to stdout ({error.strerror}): pass another place") from error
+        raise

@@ -13,7 +13,7 @@ from optuna.trial import Trial
 from torch import nn
 
 from kronsearch.budget import Span, read_span
-from kronsearch.choices import SamplerName, SensitivityName, check_choices, check_counts
+from kronsearch.choices import SamplerName, SensitivityName, check_choices, check_length
 from kronsearch.errors import StudyError
 from kronsearch.plan import Plan
 from kronsearch.progress import Phase, PhaseClock, Watcher, ignore
@@ -208,9 +208,7 @@ def search_front(
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
     span = read_span(flops=flops, params=params)
-    check_counts(trials=trials)
-    if timeout is not None and not timeout >= 0:
-        raise StudyError(f"a timeout of {timeout} seconds is asked for: ask for 0 or more")
+    check_length(trials, timeout)
     check_choices(sampler=sampler)
     if sampler == "cmaes":
         raise StudyError("the sampler cmaes knows one objective only: choose gp, tpe or random for a front")

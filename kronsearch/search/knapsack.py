@@ -35,13 +35,17 @@ _CUTS = 8  # choices that overstep a limit by less than HiGHS sees, before it is
 
 
 @dataclass(frozen=True)
-class Knapsack:
-    """One item of each group: errors (count,) from 0, owner (count,) ascending, costs (limits, count), limits."""
+class _Items:
+    """What is chosen from: errors (count,) from 0, owner (count,) ascending, costs (limits, count), limits."""
 
     errors: NDArray[np.float64]
     owner: NDArray[np.int64]
     costs: NDArray[np.int64]
     limits: NDArray[np.int64]
+
+
+class Knapsack(_Items):
+    """One item of each group is to be taken."""
 
     def solve(self) -> tuple[NDArray[np.int64], float] | None:
         """Return the items of a choice, ascending, and a proven bound on the error of any; None if there is none.
@@ -95,14 +99,8 @@ class Knapsack:
         return above[rows], room[rows]
 
 
-@dataclass(frozen=True)
-class _Program:
+class _Program(_Items):
     """A knapsack in which every item fits, some choice oversteps each limit, and each group's least cost is 0."""
-
-    errors: NDArray[np.float64]
-    owner: NDArray[np.int64]
-    costs: NDArray[np.int64]
-    limits: NDArray[np.int64]
 
     def solve(self) -> tuple[NDArray[np.int64], float, float] | None:
         """Return a choice, a bound on the error of any, and the unit in which HiGHS saw them; None if there is none.

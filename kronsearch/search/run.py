@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kronsearch.budget import Budget
-from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices, check_counts
+from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices, check_length
 from kronsearch.errors import StudyError
 from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.models.checkpoint import check_storable
@@ -143,9 +143,7 @@ def search(
     Raises:
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
-    check_counts(trials=trials)
-    if timeout is not None and not timeout >= 0:
-        raise StudyError(f"a timeout of {timeout} seconds is asked for: ask for 0 or more")
+    check_length(trials, timeout)
     if not 0 <= final_epochs < math.inf:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")
     check_choices(decoder=decoder, sampler=sampler)  # the sensitivity is the subject's

@@ -36,9 +36,9 @@ def decompose(
     """
     spec.check_kernel(kernel.shape)
     shapes, length = spec.factor_shapes, spec.sequence_length
+    whole, (kernel, unit) = kernel, in_units(kernel)
     if length == 1:
-        return (kernel.detach().clone(),)
-    kernel, unit = in_units(kernel)
+        return (whole.detach().clone(),)
     tensor = unfold_kernel(kernel.double(), shapes)
     if metric is not None:
         tensor = metric.weight(tensor, shapes)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from kronsearch.errors import SpecError
-from kronsearch.sekron.shapes import FactorShapes
 
-__all__ = ["check_sequence", "in_units", "power_of_two"]
+__all__ = ["in_units", "power_of_two"]
 
 _FARTHEST = 100  # powers of two; single precision has 126
 
@@ -39,12 +38,3 @@ def power_of_two(size: float) -> float:
     if not (math.isfinite(size) and size > 0):
         return 1.0
     return 2.0 ** min(max(round(math.log2(size)), -_FARTHEST), _FARTHEST)
-
-
-def check_sequence(kernel: Tensor, factor_shapes: FactorShapes) -> None:
-    """Raise SpecError unless factor shapes multiply to the kernel's."""
-    multiplied = tuple(math.prod(sizes) for sizes in zip(*factor_shapes, strict=False))
-    if multiplied != tuple(kernel.shape):
-        raise SpecError(
-            f"factor shapes {factor_shapes} multiply to {multiplied}, not to the kernel's shape {tuple(kernel.shape)}"
-        )

@@ -144,12 +144,11 @@ class Metric:
 
     def regularised(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return the moments of inputs and outputs, in their units, with the ridge that the roots have as well."""
-        inputs, outputs = (
-            None if moment is None else _ridged((moment / unit).to(device, dtype))
-            for moment, unit in zip((self.moments.inputs, self.moments.outputs), self._units, strict=True)
+        outputs = self.moments.outputs
+        return (
+            _ridged((self.moments.inputs / self._units[0]).to(device, dtype)),
+            None if outputs is None else _ridged((outputs / self._units[1]).to(device, dtype)),
         )
-        assert inputs is not None
-        return inputs, outputs
 
     def _parts(self, moment: Tensor, outputs: bool, shapes: tuple[tuple[int, ...], ...]) -> list[_Pair]:
         key = (outputs, shapes)

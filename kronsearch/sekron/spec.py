@@ -10,7 +10,7 @@ from typing import Literal
 from kronsearch.errors import SpecError
 from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
-__all__ = ["Coupling", "Run", "SeKronSpec", "all_merged"]
+__all__ = ["Coupling", "Run", "SeKronSpec", "all_merged", "check_product"]
 
 _MOST_FACTORS = 16
 
@@ -145,11 +145,7 @@ class SeKronSpec:
 
     def check_kernel(self, kernel_shape: Sequence[int]) -> None:
         """Raise `SpecError` unless the factors multiply to this kernel shape."""
-        if tuple(kernel_shape) != self.kernel_shape:
-            raise SpecError(
-                f"factor shapes {self.factor_shapes} multiply to {self.kernel_shape}, not to the kernel's shape "
-                f"{tuple(kernel_shape)}"
-            )
+        check_product(self.factor_shapes, kernel_shape)
 
     def __str__(self) -> str:
         """Write the spec on one short line, such as `16·1·1·3 ⊗ 1·16·3·1, R 5`."""
@@ -172,3 +168,12 @@ def all_merged(length: int) -> Run:
 def _plain(value: int) -> int:
     """Return a whole number of another kind, such as NumPy's, as an int, and all else as it is."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def check_product(factor_shapes: FactorShapes, kernel_shape: Sequence[int]) -> None:
+    """Raise `SpecError` unless factor shapes multiply to this kernel shape."""
+    product = tuple(map(prod, zip(*factor_shapes, strict=False)))
+    if tuple(kernel_shape) != product:
+        raise SpecError(
+            f"factor shapes {factor_shapes} multiply to {product}, not to the kernel's shape {tuple(kernel_shape)}"
+        )

@@ -14,10 +14,10 @@ from torch import Tensor
 from kronsearch.errors import SpecError
 from kronsearch.sekron.chain import chain_squares
 from kronsearch.sekron.fit import fit, grow, working_dtype
-from kronsearch.sekron.kernels import check_sequence, in_units
+from kronsearch.sekron.kernels import in_units
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import FactorShape, FactorShapes
-from kronsearch.sekron.spec import Coupling
+from kronsearch.sekron.spec import Coupling, check_product
 from kronsearch.sekron.tensors import unfold_kernel
 
 __all__ = ["ErrorTable", "chain_table", "cp_table", "pair_table", "pair_tables", "rank_grid"]
@@ -90,7 +90,7 @@ def pair_tables(kernel: Tensor, sequences: Sequence[FactorShapes], *, metric: Me
 def _check_pair(kernel: Tensor, factor_shapes: FactorShapes) -> None:
     if len(factor_shapes) != 2:
         raise SpecError(f"a table of pairs takes two factors, {factor_shapes} has {len(factor_shapes)}")
-    check_sequence(kernel, factor_shapes)
+    check_product(factor_shapes, kernel.shape)
 
 
 def _traced(kept: Mapping[tuple[int, FactorShape], Tensor], side: int, shape: FactorShape) -> Tensor | None:
@@ -138,21 +138,25 @@ def cp_table(
     """
     if fits < 2:
         raise SpecError(f"a table of ranks up to {highest} from {fits} fits was asked for: it takes two at the least")
-    check_sequence(kernel, factor_shapes)
+    check_product(factor_shapes, kernel.shape)
     tensor = unfold_kernel(in_units(kernel)[0].to(working_dtype(kernel)), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)
     ones = (1,) * (len(factor_shapes) - 2)
     sweeps = _STEP_SWEEPS if tensor.dtype == torch.float64 else _LARGE_STEP_SWEEPS
-    grid = rank_grid(highest, points=fits)
     found: dict[int, tuple[list[Tensor], float]] = {}  # by rank, the factor matrices and their error
-    below: int | None = None
-    rank: int | None = grid[0] if grid else None
-    while rank is not None:
+
+    def fit_at(rank: int, below: int | None) -> int:
         start = None if below is None else grow(tensor, found[below][0], rank)
         matrices, error = fit(tensor, (rank, *ones), start=start, sweeps=sweeps)
         found[rank] = matrices, max(error, _NO_ERROR)
-        below, rank = _next_fit(grid, {rank: error for rank, (_, error) in found.items()})
+        return rank
+
+    below: int | None = None
+    for rank in rank_grid(highest, points=fits):
+        below = fit_at(rank, below)
+    while (steep := _steep({rank: error for rank, (_, error) in found.items()})) is not None:
+        fit_at(sum(steep) // 2, steep[0])
     fitted = sorted(found)
     errors = np.minimum.accumulate([found[rank][1] for rank in fitted])
     ranks = sorted({*fitted, *rank_grid(highest, points=4 * fits)})
@@ -163,16 +167,12 @@ def cp_table(
     return ErrorTable(factor_shapes, table, np.asarray(errors))
 
 
-def _next_fit(grid: Sequence[int], errors: Mapping[int, float]) -> tuple[int | None, int | None]:
-    """Return the rank to begin a fit with and the one to fit: of the grid, then in steps; None if nothing is left."""
-    done = sorted(errors)
-    for rank in grid:
-        if rank not in errors:
-            return done[-1], rank
-    for low, high in pairwise(done):
+def _steep(errors: Mapping[int, float]) -> tuple[int, int] | None:
+    """Return two ranks between which the error falls steeply and nothing was fitted, None if there are none."""
+    for low, high in pairwise(sorted(errors)):
         if high - low > 1 and errors[high] < _STEEP * errors[low]:
-            return low, (low + high) // 2
-    return None, None
+            return low, high
+    return None
 
 
 def chain_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric | None = None) -> ErrorTable:
@@ -186,7 +186,7 @@ def chain_table(kernel: Tensor, factor_shapes: FactorShapes, *, metric: Metric |
     """
     if len(factor_shapes) != 3:
         raise SpecError(f"a table of chains takes three factors, {factor_shapes} has {len(factor_shapes)}")
-    check_sequence(kernel, factor_shapes)
+    check_product(factor_shapes, kernel.shape)
     tensor = unfold_kernel(in_units(kernel)[0].double(), factor_shapes)
     if metric is not None:
         tensor = metric.weight(tensor, factor_shapes)

@@ -112,16 +112,12 @@ def outputs(
     return torch.cat(parts)
 
 
-def _count(data: Data, split: Split, limit: int | None) -> int:
-    """Return how many examples are taken of a split."""
-    return data.size(split) if limit is None else min(limit, data.size(split))
-
-
 def _batches(
     data: Data, split: Split, batch_size: int, limit: int | None, device: str | torch.device
 ) -> Iterator[Batch]:
     """Yield the batches of a split; DataError at the end if they have not as many examples as they should."""
-    seen, wanted = 0, _count(data, split, limit)
+    seen, size = 0, data.size(split)
+    wanted = size if limit is None else min(limit, size)
     for batch in data.batches(split, batch_size, limit=limit, device=device):
         yield batch
         seen += len(batch[0])

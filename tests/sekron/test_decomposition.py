@@ -108,8 +108,9 @@ def test_norms_are_balanced_in_every_term():
 def test_a_kernel_that_is_not_finite_is_refused(entry):
     kernel = torch.ones(4, 4)
     kernel[1, 2] = entry
-    with pytest.raises(SpecError, match="entries that are not finite"):
-        decompose(kernel, SeKronSpec(((4, 1), (1, 4)), (1,)))
+    for spec in (SeKronSpec(((4, 1), (1, 4)), (1,)), SeKronSpec(((4, 4),))):
+        with pytest.raises(SpecError, match="entries that are not finite"):
+            decompose(kernel, spec)
 
 
 @pytest.mark.parametrize(
