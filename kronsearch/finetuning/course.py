@@ -243,6 +243,7 @@ def long_settings(
     try:
         settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight, compiled=compiled)
         steps = total_steps(settings, data.size("train"))
-        return replace(settings, lr=lr or default_rate(steps), mixing=steps >= _MIXED, averaging=_AVERAGING)
+        rate = lr or default_rate(steps, batch_size)
+        return replace(settings, lr=rate, mixing=steps >= _MIXED, averaging=_AVERAGING)
     except ValueError as error:
         raise TrainingError(str(error)) from error

@@ -71,7 +71,7 @@ def test_long_runs_are_on_mixtures(data):
     assert not short.mixing
     assert long.mixing
     assert short.averaging == long.averaging > 0
-    assert short.lr < long.lr == default_rate(3000)
+    assert short.lr < long.lr == default_rate(3000, 10)
     assert long_settings(data, epochs=1, lr=0.5).lr == 0.5
 
 
@@ -160,7 +160,7 @@ def test_progress_tells_steps_and_scores(begin, tmp_path):
     ("options", "told"),
     [
         ({"epochs": 3.0}, "epochs was 2.5, is 3.0"),
-        ({"lr": None}, "lr was 0.002, is 3.7"),
+        ({"lr": None}, "lr was 0.002, is 1.0"),
         ({"batch_size": 20}, "batch size was 10, is 20"),
         ({"label_weight": 0.5}, "label weight was 0.0, is 0.5"),
         ({"compiled": True}, "compiled was False, is True"),
