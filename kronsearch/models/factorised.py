@@ -1,8 +1,8 @@
 """Factorised layers in the place of a network's dense ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from kronsearch.errors import PlanError
 from kronsearch.sekron.convolution import conv_like
@@ -35,9 +35,16 @@ def empty_layer(layer: nn.Module, spec: SeKronSpec) -> SeKronLayer:
     return SeKronLinear.empty(layer, spec)
 
 
-def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of a network that has these layers, taken as they are, wherever it holds its own."""
-    small = copied(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module], shared: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a copy of a network that has these layers, taken as they are, wherever it holds its own.
+
+    Args:
+        model: the network, left as it is.
+        layers: by the dotted names of those whose place they take.
+        shared: tensors of the network that the copy holds, too.
+    """
+    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    small = copied(model, {id(tensor): tensor for tensor in shared} | replaced)
     for module in small.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             _run_plainly(module)

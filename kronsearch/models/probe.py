@@ -28,7 +28,8 @@ def unfit_layers(model: nn.Module, example: Tensor, names: Sequence[str]) -> dic
 
 def _failure(model: nn.Module, example: Tensor, names: Sequence[str]) -> str | None:
     layers = {name: _of_one_factor(model.get_submodule(name)) for name in names}
-    network, called = replace_layers(model, layers), set[nn.Module]()
+    # nothing is trained here, and parameters can be many
+    network, called = replace_layers(model, layers, shared=model.parameters()), set[nn.Module]()
     for layer in layers.values():
         layer.register_forward_pre_hook(lambda module, _: called.add(module))
     try:

@@ -81,12 +81,12 @@ def default_rate(steps: int, batch_size: int = _USUAL_BATCH) -> float:
     others it is that times the square root of their part of 128, for AdamW's steps are as noisy then (Malladi et al.,
     2022).
 
-    ResNet-20, divergence on the test split, one run each: at 28 % of the MACs after 125 steps with rates of 0.000125 and
-    0.0004 0.183 and 0.164, after 351 with 0.0004 and 0.001 0.144 and 0.133, after 1,053 of mixed batches with 0.0003,
-    0.001, 0.002 and 0.003 0.130, 0.114, 0.113 and 0.115; at half the MACs, where there is less to mend, after 351 steps
-    with 0.0003 and 0.001 0.0204 and 0.0240. After 1,920 steps of 512 (28 % of the MACs, fine-tuned before) the loss was
-    1.779, 1.770, 1.771 and 1.788 with 0.002, 0.004, 0.008 and 0.016; ResNet-32 ended alike after 22,500 of them with
-    0.005 and 0.008.
+    ResNet-20, divergence on the test split, one run each: at 28 % of the MACs after 125 steps with rates of 0.000125
+    and 0.0004 0.183 and 0.164, after 351 with 0.0004 and 0.001 0.144 and 0.133, after 1,053 of mixed batches with
+    0.0003, 0.001, 0.002 and 0.003 0.130, 0.114, 0.113 and 0.115; at half the MACs, where there is less to mend, after
+    351 steps with 0.0003 and 0.001 0.0204 and 0.0240. After 1,920 steps of 512 (28 % of the MACs, fine-tuned before)
+    the loss was 1.779, 1.770, 1.771 and 1.788 with 0.002, 0.004, 0.008 and 0.016; ResNet-32 ended alike after 22,500
+    of them with 0.005 and 0.008.
     """
     growing = _USUAL_RATE + _GROWTH * (steps - _USUAL_STEPS)
     usual = min(_HIGHEST_RATE, max(min(_USUAL_RATE, _RATE * steps), growing))

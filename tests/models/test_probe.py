@@ -54,6 +54,19 @@ def test_layers_that_fail_together_only_are_all_left_dense():
     assert reasons(use) == ["the network can't run with it factorised (AssertionError: one of two)"] * 2
 
 
+def test_parameters_are_not_copied_for_it():
+    held = []
+
+    def use(self, x):
+        held.append(self.table)
+        return self.a(x)
+
+    network = Pair(use)
+    network.table = nn.Parameter(torch.zeros(3))
+    assert unfit_layers(network, X, ["a", "b"]) == {}
+    assert [table is network.table for table in held] == [True]
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_transformer_of_torch_runs_with_factorised_layers(nested):

@@ -202,7 +202,7 @@ def test_where_the_hosts_generators_stand(draw, before):
 
 
 @on_cuda
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's look at kernels
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own look at kernels
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_training_ends_as_one_of_single_kernels(compiled, make_data, make_network, monkeypatch):
     """Dropout, batch norm, blocks, mixing, renewed coordinates and a state that is restored among it."""
