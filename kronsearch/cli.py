@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from io import StringIO, TextIOWrapper
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,8 +17,8 @@ import typer
 
 from kronsearch import commands
 from kronsearch.config import Settings, resolve
-from kronsearch.errors import KronsearchError
-from kronsearch.files import written
+from kronsearch.errors import FileError, KronsearchError
+from kronsearch.files import Results
 from kronsearch.tables import one_line
 
 __all__ = ["app", "main"]
@@ -294,7 +294,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ⊗ shows a ?
-    app()
+    try:
+        app()
+    except FileError as error:  # a help that can't be written
+        typer.echo(one_line(f"error: {error}"), err=True)
+        sys.exit(2)
 
 
 def _keep_stdout_for_results() -> None:
@@ -306,8 +310,8 @@ def _keep_stdout_for_results() -> None:
         return
     if isinstance(stdout, TextIOWrapper) and sys.stderr is not None:
         stdout.flush()
-        sys.stdout = os.fdopen(os.dup(number), "w", encoding=stdout.encoding)
-        sys.stdout.reconfigure(line_buffering=stdout.line_buffering)
+        kept = BufferedWriter(Results(os.dup(number), "w"))
+        sys.stdout = TextIOWrapper(kept, encoding=stdout.encoding, line_buffering=stdout.line_buffering)
         os.dup2(2, number)
 
 
@@ -317,8 +321,9 @@ def _execute(command: Callable[[Settings], None], **given: object) -> None:
     try:
         settings = resolve({name: None if value is False else value for name, value in given.items()})
         debug = settings.debug
-        with written(sys.stdout or StringIO()):
-            command(settings)
+        command(settings)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what can't be written is told here, else Python would tell it in its own words
     except KronsearchError as error:
         _fail(f"error: {error}", 2, debug=debug)
     except KeyboardInterrupt:

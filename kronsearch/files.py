@@ -4,14 +4,18 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from kronsearch.errors import FileError
 
-__all__ = ["alone", "make_folder", "read_text", "replacing", "write_text", "written"]
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = ["Results", "alone", "make_folder", "read_text", "replacing", "write_text"]
 
 
 @contextmanager
@@ -91,22 +95,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def written(stdout: IO[str]) -> Iterator[None]:
-    """Flush results at the end; Python would tell of those that can't be written as it exits, in lines of its own.
+class Results(FileIO):
+    """What stdout writes to: once that fails, all of it goes nowhere, and nothing fails again as the process ends."""
 
-    Raises:
-        FileError: they can't, for another reason than that nobody reads them.
-    """
-    try:
-        yield
-        stdout.flush()
-    except OSError:
+    def write(self, content: "ReadableBuffer", /) -> int:
+        """Write.
+
+        Raises:
+            FileError: it can't be written, for another reason than that nobody reads it.
+        """
         try:
-            stdout.flush()  # is it stdout that fails?
+            return super().write(content)
         except BrokenPipeError:
             raise
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             raise FileError(f"can't write the results to stdout ({error.strerror}): pass another place") from error
-        raise

@@ -589,9 +589,10 @@ def test_the_program_runs_as_a_module_and_through_a_closed_pipe(plan, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
-def test_results_that_can_not_be_written_are_told_in_one_line(plan, tmp_path):
+@pytest.mark.parametrize("arguments", [["show", "plan.json"], ["show", "--help"]], ids=["show", "help"])
+def test_results_that_can_not_be_written_are_told_in_one_line(arguments, plan, tmp_path):
     save_plan(plan, "plan.json")
-    line = [sys.executable, "-c", "from kronsearch.cli import main; main()", "show", "plan.json"]
+    line = [sys.executable, "-c", "from kronsearch.cli import main; main()", *arguments]
     with Path("/dev/full").open("w") as full:
         shell = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env())
     assert shell.returncode == 2

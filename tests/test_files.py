@@ -3,12 +3,13 @@
 import os
 import stat
 import sys
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
 from kronsearch.errors import FileError
-from kronsearch.files import make_folder, read_text, replacing, write_text
+from kronsearch.files import Results, make_folder, read_text, replacing, write_text
 
 
 def test_a_text_is_written_and_replaced(tmp_path):
@@ -102,3 +103,21 @@ def test_a_folder_is_made_or_it_is_told_why_not(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match=r"can't make the folder .*b \(Not a directory\): pass another"):
         make_folder(tmp_path / "file" / "b")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_results_that_do_not_fit_are_told_once(length):
+    with TextIOWrapper(BufferedWriter(Results("/dev/full", "w"))) as stdout:
+        with pytest.raises(
+            FileError, match=r"can't write the results .*No space left on device"
+        ):
+            print("x" * length, file=stdout, flush=True)
+        print("y" * length, file=stdout, flush=True)
+
+
+def test_results_that_nobody_reads_are_no_fault_of_the_place():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Results(writer, "w") as results, pytest.raises(BrokenPipeError):
+        results.write(b"x")
