@@ -109,9 +109,7 @@ def test_a_folder_is_made_or_it_is_told_why_not(tmp_path):
 @pytest.mark.parametrize("length", [10, 100_000])
 def test_results_that_do_not_fit_are_told_once(length):
     with TextIOWrapper(BufferedWriter(Results("/dev/full", "w"))) as stdout:
-        with pytest.raises(
-            FileError, match=r"can't write the results .*No space left on device"
-        ):
+        with pytest.raises(FileError, match=r"can't write the results .*No space left on device"):
             print("x" * length, file=stdout, flush=True)
         print("y" * length, file=stdout, flush=True)
 
