@@ -1,5 +1,6 @@
 """The training loop: AdamW under a cosine, from labels and a teacher's outputs, watched and stopped from outside."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -87,6 +88,7 @@ class Trainer:
         self._batches = Batches(data, settings.batch_size, generator=generator, device=device)
         self._average = Average(model, settings.averaging) if settings.averaging > 0 else None
         self._blocks = tuple(blocks) if settings.feature_weight > 0 and teacher is not None else ()
+        self._hinted = math.ceil(round(settings.hints * self.total_steps, 6))  # steps
         self._learnt_from = teacher if self._blocks or settings.label_weight < 1 else None
         if self._learnt_from is not None:
             for name in self._blocks:  # before there are hooks
@@ -160,6 +162,8 @@ class Trainer:
             examples += len(inputs)
             if self._runs is None:
                 self._prepare(inputs)
+            if self.step == self._hinted and self._replay is not None:
+                self._replay.forget()  # steps are others from here on
             self._optimizer.prepare(rate)
             with own_randomness(seed + self._team.rank, self._device):
                 loss_sum += (self._replay or self._learn)(inputs, targets, self._share(inputs, seed))
@@ -209,7 +213,7 @@ class Trainer:
         with kernels_formed(self.model, KERNELS[self._precision], self._runs):
             outputs, ours = forward_watched(self._runner, inputs, self._precision, self.model)
         loss = training_loss(outputs, labels, wanted, self._task, self.settings)
-        if self._blocks:
+        if self._blocks and self.step < self._hinted:
             loss = loss + self.settings.feature_weight * feature_distance(ours, theirs)
         return loss
 

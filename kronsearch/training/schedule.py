@@ -23,8 +23,9 @@ class TrainSettings:
     `epochs` may be a fraction. The rate climbs linearly to `lr` over the `warmup` fraction of the steps, then falls as
     a cosine to zero. The loss is `label_weight` × the task's loss + the rest × the divergence from the teacher, with
     both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015),
-    + `feature_weight` × the relative squared distance of the blocks' outputs (FitNets: Romero et al., 2015); without a
-    teacher the label weight is 1 and the others are 0. `weight_decay` holds for tensors of two or more dimensions; each
+    + `feature_weight` × the relative squared distance of the blocks' outputs, which are hints (FitNets: Romero et al.,
+    2015): the first `hints` of the steps have them. Without a teacher the label weight is 1 and the others are 0.
+    `weight_decay` holds for tensors of two or more dimensions; each
     of the S factors of a kernel has an S-th of it, so that the kernel decays as a dense one does.
     Gradients are scaled down to a norm of at most `clip_norm`.
 
@@ -42,6 +43,7 @@ class TrainSettings:
     label_weight: float = 0.0
     temperature: float = TEMPERATURE
     feature_weight: float = 10.0
+    hints: float = 1.0
     clip_norm: float = 1.0
     mixing: bool = False
     averaging: float = 0.0
@@ -54,6 +56,8 @@ class TrainSettings:
             raise ValueError(f"temperature must be positive: {self}")
         if not (0 <= self.warmup < 1 and 0 <= self.label_weight <= 1):
             raise ValueError(f"warmup must be in [0, 1), label_weight in [0, 1]: {self}")
+        if not 0 <= self.hints <= 1:
+            raise ValueError(f"hints must be in [0, 1]: {self}")
         if not 0 <= self.averaging < 1:
             raise ValueError(f"averaging must be in [0, 1): {self}")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.feature_weight < math.inf):

@@ -66,10 +66,12 @@ def test_it_logs_each_epoch_and_keeps_the_best(whole, model, plan, data):
     assert list(whole.log["step"]) == [6, 12, 15]
 
 
-def test_long_runs_are_on_mixtures(data):
+def test_long_runs_are_on_mixtures_and_without_hints_in_the_end(data):
     short, long = (long_settings(data, epochs=steps / 6, batch_size=10) for steps in (2999, 3000))
     assert not short.mixing
     assert long.mixing
+    assert short.hints == long.hints == 1
+    assert long_settings(data, epochs=5000, batch_size=10).hints == 0.1
     assert short.averaging == long.averaging > 0
     assert short.lr < long.lr == default_rate(3000, 10)
     assert long_settings(data, epochs=1, lr=0.5).lr == 0.5

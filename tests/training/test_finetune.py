@@ -136,6 +136,38 @@ def test_features_come_near_to_the_teachers(make_data, make_network):
     assert apart[1] < 0.2 < 0.5 < apart[0]
 
 
+def test_hints_are_of_the_first_steps(make_data, make_network):
+    data, teacher, losses = make_data(), make_network(1), {}
+    for hints, weight in ((1.0, 10.0), (0.5, 10.0), (1.0, 0.0)):
+        settings = TrainSettings(epochs=2, batch_size=10, lr=0.0001, feature_weight=weight, hints=hints)
+        network = make_network(0)
+        with Trainer(network, data, settings, teacher=teacher, blocks=["conv"], generator=seeded()) as trainer:
+            losses[hints, weight] = [trainer.advance(1).loss for _ in range(6)]
+    always, first, never = losses.values()
+    assert first[:3] == always[:3]
+    assert all(found > 1.5 * wanted for found, wanted in zip(first[:3], never[:3], strict=True))
+    assert first[3:] == pytest.approx(never[3:], rel=0.02)
+
+
+def test_a_step_that_was_recorded_is_not_played_back_once_there_are_no_hints(make_data, make_network):
+    class Recorded:
+        refusal, forgotten = None, []
+
+        def __call__(self, *inputs):
+            return trainer._learn(*inputs)
+
+        def forget(self):
+            self.forgotten.append(trainer.step)
+
+    settings = TrainSettings(epochs=2, batch_size=10, hints=0.4)
+    with Trainer(
+        make_network(0), make_data(), settings, teacher=make_network(1), blocks=["conv"], generator=seeded()
+    ) as trainer:
+        trainer._replay = Recorded()
+        trainer.advance(6)
+    assert Recorded.forgotten == [3]
+
+
 def test_with_a_label_weight_of_one_the_teacher_is_not_run(make_data, make_network):
     data, teacher = make_data(), make_network(1)
     teacher.forward = None
@@ -533,6 +565,7 @@ def test_bf16_trains_too(monkeypatch, make_data, make_network):
         ({"epochs": 1, "warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"epochs": 1, "label_weight": 1.5}, r"label_weight in \[0, 1\]"),
         ({"epochs": float("nan")}, "must be positive"),
+        ({"epochs": 1, "hints": 1.5}, r"hints must be in \[0, 1\]"),
         ({"epochs": 1, "averaging": 1.0}, r"averaging must be in \[0, 1\)"),
     ],
 )

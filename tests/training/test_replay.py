@@ -205,9 +205,9 @@ def test_where_the_hosts_generators_stand(draw, before):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own look at kernels
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_training_ends_as_one_of_single_kernels(compiled, make_data, make_network, monkeypatch):
-    """Dropout, batch norm, blocks, mixing, renewed coordinates and a state that is restored among it."""
+    """Dropout, batch norm, mixing and renewed coordinates among it, and blocks, up to where the step is another."""
     monkeypatch.setattr("kronsearch.training.optimizer._RENEWAL", 5)
-    settings = TrainSettings(**{**vars(SETTINGS), "compiled": compiled})
+    settings = TrainSettings(**{**vars(SETTINGS), "compiled": compiled, "hints": 0.5})
     data, states = make_data(), []
     for recorded in (True, False):
         network = factorised(make_network(0, dropout=0.2))
