@@ -12,6 +12,7 @@ __all__ = [
     "check_choices",
     "check_counts",
     "check_length",
+    "check_seed",
 ]
 
 DecoderName = Literal["allocate", "direct"]
@@ -42,5 +43,11 @@ def check_counts(**numbers: object) -> None:
 def check_length(trials: int, timeout: float | None) -> None:
     """Raise `StudyError` unless a search can have so many trials, and end after so many seconds."""
     check_counts(trials=trials)
-    if timeout is not None and not timeout >= 0:
-        raise StudyError(f"a timeout of {timeout} seconds is asked for: ask for 0 or more")
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout >= 0):
+        raise StudyError(f"a timeout of {timeout!r} seconds is asked for: ask for a number of 0 or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `StudyError` unless this is a seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise StudyError(f"a seed of {seed!r} is asked for: ask for a whole number from 0 to 2**63 - 1")

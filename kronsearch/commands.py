@@ -22,6 +22,7 @@ from kronsearch.report import (
     front,
     gain,
     latency,
+    not_begun,
     plan_report,
     profile_report,
     scored_front,
@@ -69,7 +70,8 @@ def run(settings: Settings) -> None:
     summary = result.summary
     if metric is not None and summary is not None and summary.trials > 1:
         console.print(gain(summary, metric))
-    console.print(times(result.seconds, result.tuning), soft_wrap=True)
+    for line in (*not_begun(result.left, len(result.trials)), times(result.seconds, result.tuning)):
+        console.print(line, soft_wrap=True)
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
 
 
@@ -108,7 +110,8 @@ def _run_front(settings: Settings) -> None:
         )
     console = console_for()
     console.print(scored_front(found, str(span), data.task.metric_name))
-    console.print(times(found.seconds, found.tuning), soft_wrap=True)
+    for line in (*not_begun(found.left, len(found.trials)), times(found.seconds, found.tuning)):
+        console.print(line, soft_wrap=True)
     console.print(f"written to {found.out}: front.csv, plans/, trials.csv", soft_wrap=True)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "front",
     "gain",
     "latency",
+    "not_begun",
     "plan_report",
     "profile_report",
     "scored_front",
@@ -76,12 +77,21 @@ def gain(summary: "Summary", metric: str) -> RenderableType:
             known = ("no score", "") if plain is None else (f"{plain:{digits}}", f"{best - plain:+{digits}}")
             table.add_row(one_line(name), known[0], f"{best:{digits}}", known[1])
     failed = f" ({summary.failed} missed a budget or diverged)" if summary.failed else ""
-    lines = [f"best: trial {summary.winner} of {summary.trials}{failed}, the best of {summary.finalists} fine-tuned"]
+    lines = [f"best: trial {summary.winner}; {summary.trials} trials{failed}, {summary.finalists} of them fine-tuned"]
     lines += [
         f"rank correlation of {_NAMES[found.cheap]} and {_NAMES[found.dear]}: {found.correlation:.2f}, n {found.n}"
         for found in summary.agreements
     ]
     return Group(table, *map(Text, lines))
+
+
+def not_begun(left: int, trials: int) -> list[str]:
+    """Return a line if trials are left of a search, beside so many that are finished."""
+    if not left:
+        return []
+    return [
+        f"{left} of {left + trials} trials were not begun: the time was over; the same line with more of it goes on"
+    ]
 
 
 def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:

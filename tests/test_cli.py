@@ -63,6 +63,8 @@ def calls(monkeypatch, plan):
             summary=Summary(2, 0, 2, 1, 0.25, 0.5, None, None, ()),
             seconds={"trials": 90.0},
             tuning=45.0,
+            trials=[0],
+            left=2,
         )
 
     monkeypatch.setattr("kronsearch.models.loading.load_model", load_model)
@@ -116,6 +118,7 @@ def test_options_reach_the_search(calls):
         "model_args": {"a": 1},
     }
     assert "test accuracy" in result.stdout
+    assert "2 of 3 trials were not begun: the time was over; the same line with more of it goes on\n" in result.stdout
     assert "written to there:" in result.stdout
     assert result.stderr == ""
 
@@ -130,7 +133,7 @@ def fronts(plan, monkeypatch):
         called.append((args, options))
         point = SimpleNamespace(plan=plan, measured={"score": 0.5, "error": 0.25}, name="plans/trial-0.json")
         return SimpleNamespace(
-            points=(point,), trials=[1, 2, 3], out=Path("there"), seconds={"trials": 9.0}, tuning=3.0
+            points=(point,), trials=[1, 2, 3], left=0, out=Path("there"), seconds={"trials": 9.0}, tuning=3.0
         )
 
     double.search_front = search_front  # type: ignore[attr-defined]

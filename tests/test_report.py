@@ -185,14 +185,14 @@ def test_the_gain_of_a_search_is_told():
     text = printed(gain(summary, "accuracy"))
     assert row(text, "accuracy")[1:] == ["0.9972", "0.9984", "+0.0012"]
     assert row(text, "divergence")[1:] == ["0.0125", "0.01", "-0.0025"]
-    assert "best: trial 7 of 20 (9 missed a budget or diverged), the best of 3 fine-tuned\n" in text
+    assert "best: trial 7; 20 trials (9 missed a budget or diverged), 3 of them fine-tuned\n" in text
     assert "rank correlation of predicted error and divergence after it: 0.61, n 11" in text
 
 
 def test_a_gain_over_a_plan_without_a_score_is_not_told():
     text = printed(gain(Summary(2, 0, 1, 1, None, 0.5, None, None, ()), "accuracy"))
     assert row(text, "accuracy")[1:] == ["no score", "0.5000", ""]
-    assert "best: trial 1 of 2, the best of 1 fine-tuned\n" in text
+    assert "best: trial 1; 2 trials, 1 of them fine-tuned\n" in text
     assert "divergence" not in text
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from kronsearch.choices import check_seed
 from kronsearch.errors import TrainingError
 from kronsearch.finetuning.course import APPLIED, Course, Found, Start, long_settings
 from kronsearch.finetuning.loop import COMPRESSED
@@ -20,6 +21,7 @@ from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.modes import own_modes
+from kronsearch.training.precision import require_device
 from kronsearch.training.team import join
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -94,7 +96,9 @@ def finetune(
         TrainingError: the loss is no longer finite, or what is in `out` is of another fine-tune.
         KronsearchError: of another kind, where plan, network and data don't go together.
     """
+    check_seed(seed)
     team, own_device = join(device)
+    require_device(own_device)
     watch = watch if team.leads else ignore
     settings = long_settings(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled

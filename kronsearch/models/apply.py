@@ -19,6 +19,7 @@ from kronsearch.training.batchnorm import reestimate_batchnorm
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data
 from kronsearch.training.modes import own_modes
+from kronsearch.training.precision import require_device
 
 __all__ = [
     "apply_plan",
@@ -64,6 +65,7 @@ def apply_plan(
         PlanError: the plan was made for another network.
     """
     check_fits(model, plan)
+    require_device(device)
     dense = copied(model).to(device)
     settings = plan.decomposition
     metrics: dict[str, Metric] = {}

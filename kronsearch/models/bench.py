@@ -28,6 +28,7 @@ from kronsearch.models.timing import (
     timing_conditions,
 )
 from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.training.precision import require_device
 
 __all__ = ["Timing", "bench", "save_timings"]
 
@@ -107,6 +108,7 @@ def bench(
         raise ModelError("no layer of the compressed network is factorised: pass what a plan was applied to")
     for batch, count in product(batches, (1,) if threads is None else threads):
         check_counts(batch=batch, threads=count)
+    require_device(device)
     ours, theirs = Network(dense, device), Network(compressed, device)
     now = torch.get_num_threads()
     found = []

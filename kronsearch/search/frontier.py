@@ -30,6 +30,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
+from kronsearch.search.storage import kept
 from kronsearch.search.study import Given, objective_of, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.work import Aim, Work
@@ -65,6 +66,7 @@ class ScoredFront:
     Args:
         points: from the least cost to the most; the divergence falls.
         trials: a row for each finished trial.
+        left: how many that were asked for are not among them, for the time was over.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
         tuning: seconds of these that fine-tunes took, their evaluations included.
@@ -72,6 +74,7 @@ class ScoredFront:
 
     points: tuple[ScoredPoint, ...]
     trials: pd.DataFrame
+    left: int
     out: Path | None
     seconds: Mapping[Phase, float]
     tuning: float
@@ -208,6 +211,8 @@ def search_front(
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
     span = read_span(flops=flops, params=params)
+    if data is None:
+        raise StudyError("there are no data to score plans on: pass some, or take `sweep`, which needs none")
     check_length(trials, timeout)
     check_choices(sampler=sampler)
     if sampler == "cmaes":
@@ -229,17 +234,18 @@ def search_front(
     draft = Draft(subject.space, span.at(0), subject.settings, seed, model_spec, dict(model_args or {}))
     work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
     check_reachable(subject.cost, subject.space, work.limits)
-    ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
-    if folder is not None:
-        make_plans_folder(folder)
-    work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
-    finals = Finals(ledger, higher_is_better=work.higher_is_better)
-    work.play(finals)
-    front = _unbeaten(finals.finalists(), span.limited)
+    with kept(storage):
+        ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
+        if folder is not None:
+            make_plans_folder(folder)
+        left = work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
+        finals = Finals(ledger, higher_is_better=work.higher_is_better)
+        work.play(finals)
+        front, table = _unbeaten(finals.finalists(), span.limited), finals.table()
     if not front:
         raise StudyError("no plan has a score: all of them diverged; ask for more --trials")
     points = tuple(_point(finalist, ledger.name, data) for finalist in front)
-    found = ScoredFront(points, finals.table(), folder, phases.seconds, work.tuning)
+    found = ScoredFront(points, table, left, folder, phases.seconds, work.tuning)
     if folder is not None:
         save_table(found.trials, folder)
         save_front({point.name: point.plan for point in points}, found.table, folder)

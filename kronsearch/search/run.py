@@ -27,6 +27,7 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
+from kronsearch.search.storage import kept
 from kronsearch.search.study import Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
@@ -48,6 +49,7 @@ class SearchResult:
         dense: the dense network on the test split, None without data.
         compressed: the compressed network likewise.
         trials: a row for each finished trial.
+        left: how many that were asked for are not among them, for the time was over.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
         tuning: seconds of these that fine-tunes took, their evaluations included.
@@ -58,6 +60,7 @@ class SearchResult:
     dense: Evaluation | None
     compressed: Evaluation | None
     trials: pd.DataFrame
+    left: int
     out: Path | None
     seconds: Mapping[Phase, float]
     tuning: float
@@ -170,19 +173,20 @@ def search(
     check_reachable(subject.cost, subject.space, limits)
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
-    ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
-    finals = Finals(ledger, higher_is_better=run.higher_is_better)
-    run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
-    run.play(finals)
-    table = finals.table()
+    with kept(storage):
+        ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
+        finals = Finals(ledger, higher_is_better=run.higher_is_better)
+        left = run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
+        run.play(finals)
+        table, winner = finals.table(), _winner(ledger, finals, data)
     if folder is not None:
         save_table(table, folder)
-    plan = pace.measured(_winner(ledger, finals, data))
+    plan = pace.measured(winner)
     small = run.finish(plan, final_epochs, folder)
     if folder is not None:
         save_plan(plan, folder / "plan.json")
     dense, compressed = run.test(small)
-    return SearchResult(plan, small, dense, compressed, table, folder, phases.seconds, run.tuning)
+    return SearchResult(plan, small, dense, compressed, table, left, folder, phases.seconds, run.tuning)
 
 
 def _winner(ledger: Study, finals: Finals, data: Data | None) -> Plan:

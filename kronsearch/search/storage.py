@@ -1,6 +1,7 @@
 """Where studies are kept: opened by URL, ready for several workers, and told of without their passwords."""
 
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -69,11 +70,18 @@ def kept(url: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except _failures_in_use() as error:
         reason = _reason(error.__cause__ or error, url)
         raise StudyError(
             f"the storage {hidden(url or '')} failed ({reason}): mend it, and run the same line again to resume"
         ) from error
+
+
+def _failures_in_use() -> tuple[type[Exception], ...]:
+    """Return what storages raise, a server's if there is one."""
+    grpc = sys.modules.get("grpc")
+    servers = () if grpc is None else (grpc.RpcError,)
+    return (SQLAlchemyError, optuna.exceptions.StorageInternalError, *servers)
 
 
 def hidden(url: str) -> str:
@@ -85,7 +93,7 @@ def hidden(url: str) -> str:
 
 def _reason(error: BaseException, url: str | None) -> str:
     """Return the first line of an error, without the passwords of the URL, or parts of a wrongly escaped one."""
-    reason = first_line(error)
+    reason = error.details() if hasattr(error, "details") else first_line(error)  # of a call that failed
     secrets = [found["secret"] for pattern in _SECRETS for found in pattern.finditer(url or "")]
     for secret in secrets:
         for part in (secret, unquote(secret), *re.split("[@:/]", secret)):
@@ -105,12 +113,16 @@ def _storage(url: str) -> BaseStorage:
 
 
 def _journal(place: str) -> BaseStorage:
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
+    from optuna.storages.journal import JournalStorage
 
-    path = str(Path(place.removeprefix("/")).absolute())
+    from kronsearch.search.journal import Journal
+
     try:
-        return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        return JournalStorage(Journal(Path(place.removeprefix("/")).absolute()))
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+        optuna.exceptions.StorageInternalError,
+    ) as error:
         raise ValueError(f"it is not a journal of Optuna: {error}") from error
 
 

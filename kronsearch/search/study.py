@@ -15,7 +15,7 @@ from kronsearch.errors import StudyError, differences
 from kronsearch.files import replacing
 from kronsearch.plan import Plan, parse_plan
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
-from kronsearch.search.storage import hidden, kept, open_study
+from kronsearch.search.storage import hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 
 __all__ = [
@@ -140,6 +140,8 @@ class Study:
         trials = self._study.get_trials(deepcopy=False, states=_FINISHED)
         for trial in trials:
             missing = [] if isinstance(trial.user_attrs.get(SLOT), int | str) else [SLOT]
+            if trial.state is TrialState.COMPLETE and not trial.values:
+                missing.append("objective")
             if _state(trial) == _COMPLETE:
                 missing += [name for name in self._told if trial.user_attrs.get(name) is None]
             if missing:
@@ -185,8 +187,7 @@ class Study:
             slot = next((slot for slot in self.left(slots) if slot not in running), None)
             if slot is None:
                 return None
-            with kept(self._storage):
-                trial = self._claim(slot, given(slot))
+            trial = self._claim(slot, given(slot))
             if trial is not None:
                 return trial
 
@@ -204,7 +205,7 @@ class Study:
     @contextmanager
     def at_work(self, trial: Trial) -> Iterator[None]:
         """Show other workers that this one lives; work on a trial that one of them has taken over ends early."""
-        with suppress(optuna.exceptions.UpdateFinishedTrialError), kept(self._storage), Pulse(trial):
+        with suppress(optuna.exceptions.UpdateFinishedTrialError), Pulse(trial):
             yield
 
     def tell(self, trial: Trial, *values: float) -> bool:

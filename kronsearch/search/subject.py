@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kronsearch.choices import SensitivityName, check_choices
+from kronsearch.choices import SensitivityName, check_choices, check_seed
 from kronsearch.errors import ModelError
 from kronsearch.models.profile import profile_model
 from kronsearch.models.shelf import Shelf
@@ -23,6 +23,7 @@ from kronsearch.search.stopwatch import Setting, Stopwatch
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import evaluate
+from kronsearch.training.precision import require_device
 
 __all__ = ["Subject"]
 
@@ -68,6 +69,8 @@ class Subject:
     ) -> None:
         self.data, self.device, self.watch = data, device, watch
         check_choices(sensitivity=sensitivity)
+        check_seed(seed)
+        require_device(device)
         self._sensitivity = sensitivity
         self.space = space if isinstance(space, SearchSpace) else load_space(space)
         if cache is None and out is not None:

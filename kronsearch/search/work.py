@@ -184,8 +184,8 @@ class Work:
             macs=self.subject.cost.macs,
         )
 
-    def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> None:
-        """Run, or wait for others to run, what is left of a study's trials.
+    def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> int:
+        """Run, or wait for others to run, what is left of a study's trials; return how many are left at the end.
 
         Args:
             ledger: their study.
@@ -196,7 +196,7 @@ class Work:
         wanted = self.wanted(trials)
         if not ledger.left(range(wanted)):
             self.begin(ledger, wanted)
-            return
+            return 0
         self.set_problem(wanted)
         self.begin(ledger, wanted)
 
@@ -206,6 +206,7 @@ class Work:
                 save_table(ledger.table(), folder)
 
         share(ledger, range(wanted), run, self._waits("trials", wanted), given=self.given(), ends=ends)
+        return len(ledger.left(range(wanted)))
 
     def play(self, finals: Finals) -> None:
         """Fine-tune the finalists, or wait for others to do it; without data there is nothing to do."""

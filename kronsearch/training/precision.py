@@ -20,6 +20,7 @@ __all__ = [
     "forward_watched",
     "precision_for",
     "require_compiler",
+    "require_device",
     "shield_gradients",
 ]
 
@@ -114,6 +115,15 @@ def compiling() -> Iterator[None]:
         if any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
             raise _no_compiling(error) from error
         raise
+
+
+def require_device(device: str | torch.device) -> None:
+    """Raise ModelError if this torch can't compute on a device, or there is none of that name."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = first_line(error)
+        raise ModelError(f"this torch can't compute on the device {str(device)!r} ({reason}): pass cpu") from error
 
 
 def require_compiler(device: str | torch.device) -> None:

@@ -20,6 +20,7 @@ def found(digits_model, digits_data, tmp_path_factory):
 def test_no_point_is_beaten_before_the_fine_tune_or_after_it(found):
     trials = found.trials
     assert len(trials) == 6
+    assert found.left == 0
     finalists = set()
     for _, trial in trials.iterrows():
         better = trials[(trials["divergence"] <= trial["divergence"]) & (trials["macs"] <= trial["macs"])]
@@ -31,6 +32,11 @@ def test_no_point_is_beaten_before_the_fine_tune_or_after_it(found):
     assert (found.table["divergence"].diff()[1:] < 0).all()
     tuned = trials.set_index("trial")["tuned_divergence"]
     assert found.table["divergence"].tolist() == tuned[found.table["trial"]].tolist()
+
+
+def test_without_data_there_is_no_front(digits_model):
+    with pytest.raises(StudyError, match="no data to score plans on: pass some, or take `sweep`"):
+        ks.search_front(digits_model, None, flops="30%:80%")
 
 
 def test_what_costs_no_less_and_diverges_no_less_is_not_on_the_front():

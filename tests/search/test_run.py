@@ -7,6 +7,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
+from sqlalchemy.exc import OperationalError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +18,7 @@ from kronsearch.models.apply import load_compressed
 from kronsearch.search import score
 from kronsearch.search.pace import Pace
 from kronsearch.search.space import SearchSpace
+from kronsearch.search.study import Study
 from kronsearch.search.subject import Subject
 from kronsearch.training.task import Classification
 
@@ -454,7 +456,10 @@ def test_a_name_that_there_is_not_is_refused_before_anything_is_done(digits_mode
         ({"trials": 1.5}, "trials 1.5 is asked for: ask for a whole number above zero"),
         ({"latency_batch": 0}, "latency batch 0 is asked for"),
         ({"latency_threads": True}, "latency threads True is asked for"),
-        ({"timeout": float("nan")}, "a timeout of nan seconds is asked for: ask for 0 or more"),
+        ({"timeout": float("nan")}, "a timeout of nan seconds is asked for: ask for a number of 0 or more"),
+        ({"timeout": "30m"}, "a timeout of '30m' seconds is asked for"),
+        ({"seed": 1.5}, r"a seed of 1.5 is asked for: ask for a whole number from 0 to 2\*\*63 - 1"),
+        ({"seed": -1}, "a seed of -1 is asked for"),
         ({"model_args": {"act": torch.relu}}, r"can't stand in a plan, which is JSON \(Object of type builtin"),
     ],
 )
@@ -463,6 +468,42 @@ def test_what_can_not_be_counted_or_written_is_refused_before_anything_is_done(d
         ks.search(digits_model, budget=ks.Budget(flops="50%"), input_shape=(1, 8, 8), out=tmp_path / "out", **asked)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_there_is_not_is_refused_before_anything_is_done(digits_model, tmp_path):
+    with pytest.raises(ModelError, match=r"can't compute on the device 'nothing' \(Expected one of .*\): pass cpu"):
+        ks.search(
+            *(digits_model, None),
+            budget=ks.Budget(flops="50%"),
+            input_shape=(1, 8, 8),
+            out=tmp_path / "out",
+            device="nothing",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_when_the_time_is_over_it_is_told_what_is_left(digits_model, digits_data):
+    result = ks.search(digits_model, digits_data, **SETTINGS | {"trials": 3}, timeout=0, final_epochs=0)
+    assert (len(result.trials), result.left) == (1, 2)
+
+
+@pytest.mark.parametrize("step", ["left", "table"])
+def test_a_storage_that_fails_at_any_step_is_told_in_one_line(digits_model, tmp_path, monkeypatch, step):
+    def fail(*_):
+        raise OperationalError("select", {}, OSError("the server is gone"))
+
+    monkeypatch.setattr(Study, step, fail)
+    told = r"storage sqlite:///.*a.db failed \(.*the server is gone\): mend it, and run"
+    with pytest.raises(StudyError, match=told) as caught:
+        ks.search(
+            digits_model,
+            budget=ks.Budget(flops="50%"),
+            space=SPACE,
+            input_shape=(1, 8, 8),
+            allow_slower=True,
+            storage=f"sqlite:///{tmp_path / 'a.db'}",
+        )
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a?b", "50%"])

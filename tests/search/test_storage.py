@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from kronsearch.errors import StudyError
-from kronsearch.search.storage import hidden, open_study
+from kronsearch.search.storage import hidden, kept, open_study
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,18 @@ def test_a_journal_is_a_file_that_is_opened_again(tmp_path, monkeypatch):
     study.tell(study.ask(), 0.5)
     assert open_study(f"journal:///{tmp_path / 'a.log'}", "s").best_value == 0.5
     assert [path.name for path in Path().iterdir()] == ["a.log"]  # and no lock stays
+
+
+def test_a_server_that_goes_away_is_told_in_one_line():
+    grpc = pytest.importorskip("grpc", reason="needs grpcio")
+
+    class Gone(grpc.RpcError):
+        def details(self):
+            return "Socket closed"
+
+        def __str__(self):
+            return "<Gone:\n\tSocket closed>"
+
+    told = r"the storage grpc://host:1 failed \(Socket closed\): mend it, and run the same line again to resume"
+    with pytest.raises(StudyError, match=told), kept("grpc://host:1"):
+        raise Gone

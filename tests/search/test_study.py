@@ -6,10 +6,12 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -18,6 +20,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from kronsearch.errors import StudyError
+from kronsearch.search.storage import kept
 from kronsearch.search.study import OVER, SCORE, Study
 from kronsearch.search.workers import BEAT, Lookout
 
@@ -320,12 +323,20 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, begun):
     told = pytest.raises(StudyError, match=r"storage sqlite:///.*a.db failed \(.*database or disk is full\): mend it,")
     much = "x" * 2**20
     if begun:
-        with told, study.at_work(trial):
+        with told, kept(at(tmp_path / "a.db")), study.at_work(trial):
             trial.set_user_attr("plan", much)
     else:
         study._identity = {"model": much}
-        with told:
+        with told, kept(at(tmp_path / "a.db")):
             study.ask(range(2), no_given)
+
+
+def test_a_finished_trial_without_objective_is_told(tmp_path):
+    run_trials(opened(tmp_path / "a.db"), 1)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
+        connection.execute("delete from trial_values")
+    with pytest.raises(StudyError, match="damaged, or others wrote to it: trial 0 has no objective; pass another"):
+        opened(tmp_path / "a.db")
 
 
 def test_a_study_of_somebody_elses_is_refused(tmp_path):

@@ -1,0 +1,95 @@
+"""A study's journal: a file of one line a record, in which a record that was cut off costs no other one."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from kronsearch.errors import first_line
+
+__all__ = ["Journal"]
+
+_BLOCK = 2**16  # bytes that are looked through at once for the end of a line
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal in a file, which is written to the end of its last whole line.
+
+    What a full disk, or a machine that fell, has left behind that is a part of a record: Optuna's own would write the
+    next one behind it on the same line, and no record from there on could be read again.
+
+    Args:
+        path: of the file, which is made where there is none.
+
+    Raises:
+        OSError: it can't be opened.
+        ValueError: it is no file, or has no whole line though it isn't empty: it isn't a journal, or not ours to mend.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        self._lock: Any = JournalFileOpenLock(str(path))
+        super().__init__(str(path), lock_obj=self._lock)
+        self._path = path
+        with self._alone() as file:
+            if _end(file) == 0 < file.seek(0, os.SEEK_END):
+                raise ValueError("it has no whole line")
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Yield the records from a number on; StorageInternalError if they can't be read."""
+        with _as_storage_error():
+            yield from super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write records, all of them or none; StorageInternalError if they can't be written."""
+        text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+        with _as_storage_error(), self._alone() as file:
+            end = _end(file)
+            try:
+                file.truncate(end)
+                file.seek(end)
+                while text:  # of which a disk that fills up takes a part
+                    text = text[file.write(text) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[io.FileIO]:
+        """Hold the lock, and the file."""
+        self._lock.acquire()
+        try:
+            with io.FileIO(self._path, "r+") as file:
+                yield file
+        finally:
+            self._lock.release()
+
+
+def _end(file: io.FileIO) -> int:
+    """Return where the last whole line ends."""
+    place = file.seek(0, os.SEEK_END)
+    while place > 0:
+        start = max(0, place - _BLOCK)
+        file.seek(start)
+        found = file.read(place - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        place = start
+    return 0
+
+
+@contextmanager
+def _as_storage_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise StorageInternalError(first_line(error)) from error
