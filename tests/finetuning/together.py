@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
     finetune.precision_for = lambda device: "float32"
     data, dense, plan = tiny_data(), network(Plain), ks.load_plan(folder / "plan.json")
     small = ks.apply_plan(dense, plan, data)
-    settings = TrainSettings(epochs=3, batch_size=13, lr=0.01, label_weight=0.5, mixing=True)  # 13 is an odd number
+    settings = TrainSettings(epochs=3, batch_size=13, lr=0.01, label_weight=0.5, mixing=True, hints=0.5)  # 13 is odd
     team, device = join("cpu")
     if not team.leads:
         small.head.weight.data.zero_()  # it takes on the first one's
