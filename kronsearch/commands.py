@@ -70,7 +70,7 @@ def run(settings: Settings) -> None:
     summary = result.summary
     if metric is not None and summary is not None and summary.trials > 1:
         console.print(gain(summary, metric))
-    for line in (*not_begun(result.left, len(result.trials)), times(result.seconds, result.tuning)):
+    for line in (*not_begun(result.left, settings.trials), times(result.seconds, result.tuning)):
         console.print(line, soft_wrap=True)
     console.print(f"written to {result.out}: plan.json, compressed.safetensors, trials.csv", soft_wrap=True)
 
@@ -110,7 +110,7 @@ def _run_front(settings: Settings) -> None:
         )
     console = console_for()
     console.print(scored_front(found, str(span), data.task.metric_name))
-    for line in (*not_begun(found.left, len(found.trials)), times(found.seconds, found.tuning)):
+    for line in (*not_begun(found.left, settings.trials), times(found.seconds, found.tuning)):
         console.print(line, soft_wrap=True)
     console.print(f"written to {found.out}: front.csv, plans/, trials.csv", soft_wrap=True)
 

@@ -86,12 +86,10 @@ def gain(summary: "Summary", metric: str) -> RenderableType:
 
 
 def not_begun(left: int, trials: int) -> list[str]:
-    """Return a line if trials are left of a search, beside so many that are finished."""
+    """Return a line if trials are left of so many that a search was asked for."""
     if not left:
         return []
-    return [
-        f"{left} of {left + trials} trials were not begun: the time was over; the same line with more of it goes on"
-    ]
+    return [f"{left} of {trials} trials were not begun: the time was over; the same line with more of it goes on"]
 
 
 def times(seconds: "Mapping[Phase, float]", tuning: float) -> str:

@@ -114,6 +114,7 @@ class Course:
             "lr": settings.lr,
             "batch size": settings.batch_size,
             "label weight": settings.label_weight,
+            **({"hints": settings.hints} if settings.hints < 1 else {}),  # there were none once
             "compiled": settings.compiled,
             "seed": seed,
         }
@@ -248,7 +249,7 @@ def long_settings(
     try:
         settings = TrainSettings(epochs=epochs, batch_size=batch_size, label_weight=label_weight, compiled=compiled)
         steps = total_steps(settings, data.size("train"))
-        rate = lr or default_rate(steps, batch_size)
+        rate = lr or default_rate(steps, min(batch_size, data.size("train")))
         return replace(settings, lr=rate, mixing=steps >= _LONG, hints=min(1.0, _LONG / steps), averaging=_AVERAGING)
     except ValueError as error:
         raise TrainingError(str(error)) from error

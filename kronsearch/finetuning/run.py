@@ -21,7 +21,6 @@ from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.modes import own_modes
-from kronsearch.training.precision import require_device
 from kronsearch.training.team import join
 
 __all__ = ["FinetuneResult", "finetune"]
@@ -98,7 +97,6 @@ def finetune(
     """
     check_seed(seed)
     team, own_device = join(device)
-    require_device(own_device)
     watch = watch if team.leads else ignore
     settings = long_settings(
         data, epochs=epochs, lr=lr, batch_size=batch_size, label_weight=label_weight, compiled=compiled

@@ -33,7 +33,7 @@ from kronsearch.search.stopwatch import Setting
 from kronsearch.search.storage import kept
 from kronsearch.search.study import Given, objective_of, save_table
 from kronsearch.search.subject import Subject
-from kronsearch.search.work import Aim, Work
+from kronsearch.search.work import Aim, Work, url_of
 from kronsearch.training.data import Data
 from kronsearch.training.modes import own_modes
 
@@ -66,7 +66,7 @@ class ScoredFront:
     Args:
         points: from the least cost to the most; the divergence falls.
         trials: a row for each finished trial.
-        left: how many that were asked for are not among them, for the time was over.
+        left: how many of those that were asked for are not finished, for the time was over.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
         tuning: seconds of these that fine-tunes took, their evaluations included.
@@ -234,14 +234,16 @@ def search_front(
     draft = Draft(subject.space, span.at(0), subject.settings, seed, model_spec, dict(model_args or {}))
     work = _FrontWork(subject, span, draft, allow_slower, Setting(latency_batch, latency_threads))
     check_reachable(subject.cost, subject.space, work.limits)
-    with kept(storage):
-        ledger = work.open(storage, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
+    url = url_of(storage, folder)
+    with kept(url):
+        ledger = work.open(url, study, folder, objectives=2, sampler=sampler, sensitivity=sensitivity)
         if folder is not None:
             make_plans_folder(folder)
-        left = work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
+        work.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
         finals = Finals(ledger, higher_is_better=work.higher_is_better)
         work.play(finals)
         front, table = _unbeaten(finals.finalists(), span.limited), finals.table()
+        left = work.left(ledger, trials)
     if not front:
         raise StudyError("no plan has a score: all of them diverged; ask for more --trials")
     points = tuple(_point(finalist, ledger.name, data) for finalist in front)

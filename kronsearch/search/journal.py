@@ -39,7 +39,7 @@ class Journal(JournalFileBackend):
         super().__init__(str(path), lock_obj=self._lock)
         self._path = path
         with self._alone() as file:
-            if _end(file) == 0 < file.seek(0, os.SEEK_END):
+            if _end(file, size := _size(file)) == 0 < size:
                 raise ValueError("it has no whole line")
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
@@ -51,32 +51,41 @@ class Journal(JournalFileBackend):
         """Write records, all of them or none; StorageInternalError if they can't be written."""
         text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
         with _as_storage_error(), self._alone() as file:
-            end = _end(file)
-            try:
+            size = _size(file)
+            end = _end(file, size)
+            if end < size == _size(file):
                 file.truncate(end)
-                file.seek(end)
-                while text:  # of which a disk that fills up takes a part
-                    text = text[file.write(text) :]
-                os.fsync(file.fileno())
+            written = 0
+            try:
+                while written < len(text):  # a disk that fills up takes a part
+                    written += file.write(text[written:])
             except OSError:
-                with suppress(OSError):
+                if _size(file) == end + written:
                     file.truncate(end)
                 raise
+            os.fsync(file.fileno())
 
     @contextmanager
     def _alone(self) -> Iterator[io.FileIO]:
-        """Hold the lock, and the file."""
+        """Hold the lock, which others take from one who is stopped for long, and the file.
+
+        What is written goes to its end, wherever that is by then.
+        """
         self._lock.acquire()
         try:
-            with io.FileIO(self._path, "r+") as file:
+            with io.FileIO(self._path, "a+") as file:
                 yield file
         finally:
-            self._lock.release()
+            with suppress(RuntimeError):  # it was taken
+                self._lock.release()
 
 
-def _end(file: io.FileIO) -> int:
-    """Return where the last whole line ends."""
-    place = file.seek(0, os.SEEK_END)
+def _size(file: io.FileIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _end(file: io.FileIO, place: int) -> int:
+    """Return where the last whole line before a place ends."""
     while place > 0:
         start = max(0, place - _BLOCK)
         file.seek(start)

@@ -31,7 +31,7 @@ from kronsearch.search.storage import kept
 from kronsearch.search.study import Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
-from kronsearch.search.work import Work
+from kronsearch.search.work import Work, url_of
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.modes import own_modes
@@ -49,7 +49,7 @@ class SearchResult:
         dense: the dense network on the test split, None without data.
         compressed: the compressed network likewise.
         trials: a row for each finished trial.
-        left: how many that were asked for are not among them, for the time was over.
+        left: how many of those that were asked for are not finished, for the time was over.
         out: where the files are, None if none were asked for.
         seconds: of each phase, in this call.
         tuning: seconds of these that fine-tunes took, their evaluations included.
@@ -173,12 +173,13 @@ def search(
     check_reachable(subject.cost, subject.space, limits)
     draft = Draft(subject.space, budget, subject.settings, seed, model_spec, dict(model_args or {}))
     run = Work(subject, limits, draft, pace, new_decoder(decoder))
-    with kept(storage):
-        ledger = run.open(storage, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
+    url = url_of(storage, folder)
+    with kept(url):
+        ledger = run.open(url, study, folder, decoder=decoder, sampler=sampler, sensitivity=sensitivity)
         finals = Finals(ledger, higher_is_better=run.higher_is_better)
-        left = run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
+        run.all_trials(ledger, trials, ends=None if timeout is None else started + timeout, folder=folder)
         run.play(finals)
-        table, winner = finals.table(), _winner(ledger, finals, data)
+        table, left, winner = finals.table(), run.left(ledger, trials), _winner(ledger, finals, data)
     if folder is not None:
         save_table(table, folder)
     plan = pace.measured(winner)

@@ -52,7 +52,7 @@ def open_study(url: str | None, name: str, objectives: int = 1) -> optuna.Study:
                 directions=["minimize"] * objectives,
                 load_if_exists=True,
             )
-        except _FAILURES as error:
+        except _failures_in_use(_FAILURES) as error:
             if wait is None or not isinstance(error, DBAPIError | optuna.exceptions.StorageInternalError):
                 raise StudyError(
                     f"can't open the storage {hidden(url or '')} ({_reason(error, url)}): pass a URL such as {_URLS}"
@@ -73,15 +73,15 @@ def kept(url: str | None) -> Iterator[None]:
     except _failures_in_use() as error:
         reason = _reason(error.__cause__ or error, url)
         raise StudyError(
-            f"the storage {hidden(url or '')} failed ({reason}): mend it, and run the same line again to resume"
+            f"the storage {hidden(url or 'memory')} failed ({reason}): mend it, and run the same line again to resume"
         ) from error
 
 
-def _failures_in_use() -> tuple[type[Exception], ...]:
-    """Return what storages raise, a server's if there is one."""
+def _failures_in_use(others: tuple[type[Exception], ...] = ()) -> tuple[type[Exception], ...]:
+    """Return what storages raise, a server's if there is one, and others."""
     grpc = sys.modules.get("grpc")
     servers = () if grpc is None else (grpc.RpcError,)
-    return (SQLAlchemyError, optuna.exceptions.StorageInternalError, *servers)
+    return (SQLAlchemyError, optuna.exceptions.StorageInternalError, *servers, *others)
 
 
 def hidden(url: str) -> str:
@@ -93,7 +93,8 @@ def hidden(url: str) -> str:
 
 def _reason(error: BaseException, url: str | None) -> str:
     """Return the first line of an error, without the passwords of the URL, or parts of a wrongly escaped one."""
-    reason = error.details() if hasattr(error, "details") else first_line(error)  # of a call that failed
+    told = error.details() if hasattr(error, "details") else None  # of a call that failed
+    reason = first_line(RuntimeError(told) if told else error)
     secrets = [found["secret"] for pattern in _SECRETS for found in pattern.finditer(url or "")]
     for secret in secrets:
         for part in (secret, unquote(secret), *re.split("[@:/]", secret)):

@@ -34,7 +34,7 @@ from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
-__all__ = ["Aim", "Work"]
+__all__ = ["Aim", "Work", "url_of"]
 
 _REVISION = 11  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
@@ -110,23 +110,16 @@ class Work:
         objectives: int = 1,
         **choices: str,
     ) -> Study:
-        """Open the study of this work; the folder is made once that is not refused, or for the study itself.
+        """Open the study of this work; the folder is made once that is not refused.
 
         Args:
-            storage: its URL; None is `study.db` in the folder, or memory.
+            storage: its URL; None is memory.
             study: its name in there, None for the usual one.
             folder: of the results, None where there is none.
             sampler: what proposes parameters.
             objectives: how many numbers are minimised.
             choices: what else must be the same when the study is resumed.
         """
-        if storage is None and folder is not None:
-            if set("?%") & set(str(folder)):  # which mean something in a URL
-                raise StudyError(
-                    f"a study can't be kept in {folder} for its ? or %: pass another --out, or a --storage"
-                )
-            make_folder(folder)
-            storage = f"sqlite:///{folder / 'study.db'}"
         ledger = Study(
             storage,
             study or "kronsearch",
@@ -184,8 +177,8 @@ class Work:
             macs=self.subject.cost.macs,
         )
 
-    def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> int:
-        """Run, or wait for others to run, what is left of a study's trials; return how many are left at the end.
+    def all_trials(self, ledger: Study, trials: int, *, ends: float | None, folder: Path | None) -> None:
+        """Run, or wait for others to run, what is left of a study's trials.
 
         Args:
             ledger: their study.
@@ -196,7 +189,7 @@ class Work:
         wanted = self.wanted(trials)
         if not ledger.left(range(wanted)):
             self.begin(ledger, wanted)
-            return 0
+            return
         self.set_problem(wanted)
         self.begin(ledger, wanted)
 
@@ -206,7 +199,10 @@ class Work:
                 save_table(ledger.table(), folder)
 
         share(ledger, range(wanted), run, self._waits("trials", wanted), given=self.given(), ends=ends)
-        return len(ledger.left(range(wanted)))
+
+    def left(self, ledger: Study, trials: int) -> int:
+        """Return how many of so many trials are not finished."""
+        return len(ledger.left(range(self.wanted(trials))))
 
     def play(self, finals: Finals) -> None:
         """Fine-tune the finalists, or wait for others to do it; without data there is nothing to do."""
@@ -340,6 +336,20 @@ class Work:
         if self.data is None:
             return None, None
         return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
+
+
+def url_of(storage: str | None, folder: Path | None) -> str | None:
+    """Return where a study is kept, None for memory: where no URL is given `study.db` in the folder, which is made.
+
+    Raises:
+        StudyError: the folder's name means something else in a URL.
+    """
+    if storage is not None or folder is None:
+        return storage
+    if set("?%") & set(str(folder)):
+        raise StudyError(f"a study can't be kept in {folder} for its ? or %: pass another --out, or a --storage")
+    make_folder(folder)
+    return f"sqlite:///{folder / 'study.db'}"
 
 
 def _best(ledger: Study) -> float | None:

@@ -118,12 +118,13 @@ def compiling() -> Iterator[None]:
 
 
 def require_device(device: str | torch.device) -> None:
-    """Raise ModelError if this torch can't compute on a device, or there is none of that name."""
+    """Raise ModelError if there is no such device, of which nothing is taken by asking."""
     try:
-        torch.ones(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ModelError(f"this torch can't compute on the device {str(device)!r} ({reason}): pass cpu") from error
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"there is no device {device!r}: pass cpu, or cuda where there is one") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"there is no CUDA device {str(found)!r} that this torch can use: pass another, or cpu")
 
 
 def require_compiler(device: str | torch.device) -> None:

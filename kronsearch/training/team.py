@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kronsearch.errors import DataError, TrainingError
+from kronsearch.training.precision import require_device
 
 __all__ = ["ALONE", "Team", "join", "joined"]
 
@@ -87,11 +88,16 @@ def join(device: torch.device | str) -> tuple[Team, torch.device]:
 
     Returns the team, and the device of this process: with CUDA the one of its local rank. A process group that the
     caller has made is used as it is.
+
+    Raises:
+        ModelError: there is no such device.
     """
+    require_device(device)
     device, team = torch.device(device), joined()
     if team.size > 1:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            require_device(device)
         if not _initialised():
             if device.type == "cuda":
                 distributed.init_process_group("nccl", device_id=device)

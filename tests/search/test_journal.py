@@ -6,6 +6,7 @@ import pytest
 from optuna.exceptions import StorageInternalError
 
 from kronsearch.errors import StudyError
+from kronsearch.search import journal as module
 from kronsearch.search.journal import Journal
 from kronsearch.search.storage import open_study
 
@@ -69,3 +70,24 @@ def test_of_records_that_do_not_fit_nothing_is_written(tmp_path, monkeypatch):
     journal.append_logs([{"d": 4}])
     assert list(journal.read_logs(0)) == [{"a": 1}, {"b": 2}, {"d": 4}]
     assert [each.name for each in tmp_path.iterdir()] == ["a.log"]
+
+
+def test_of_a_writer_whose_lock_was_taken_meanwhile_nothing_is_lost(tmp_path, monkeypatch):
+    """As of one that was stopped for longer than locks are waited for."""
+    path, real = tmp_path / "a.log", module._end
+    slow, quick = Journal(path), Journal(path)
+    slow.append_logs([{"a": 1}])
+
+    def stopped(file, place):
+        found = real(file, place)
+        monkeypatch.setattr(module, "_end", real)
+        slow._lock.release()
+        quick.append_logs([{"b": 2}, {"c": 3}])
+        return found
+
+    monkeypatch.setattr(module, "_end", stopped)
+    slow.append_logs([{"d": 4}])
+    wanted = [{"a": 1}, {"b": 2}, {"c": 3}, {"d": 4}]
+    assert list(slow.read_logs(0)) == list(quick.read_logs(0)) == wanted
+    quick.append_logs([{"e": 5}])
+    assert list(quick.read_logs(4)) == [{"e": 5}]

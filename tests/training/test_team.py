@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kronsearch.errors import DataError, TrainingError
+from kronsearch.errors import DataError, ModelError, TrainingError
 from kronsearch.training.team import ALONE, Team, join, joined
 
 
@@ -41,3 +41,27 @@ def test_several_can_not_train_compiled_networks():
     ALONE.refuse_compiling()
     with pytest.raises(TrainingError, match=r"2 processes can't train compiled networks together: leave --compile out"):
         Team(0, 2).refuse_compiling()
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("nothing", "there is no device 'nothing': pass cpu"),
+        (None, "there is no device None: pass cpu"),
+        ("cuda", "there is no CUDA device 'cuda' that this torch can use: pass another, or cpu"),
+        (torch.device("cuda", 1), "there is no CUDA device 'cuda:1'"),
+    ],
+)
+def test_a_device_that_there_is_not_is_refused(device, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if device == "cuda" else 1)
+    with pytest.raises(ModelError, match=told) as caught:
+        join(device)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_process_needs_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, told in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, told)
+    with pytest.raises(ModelError, match="no CUDA device 'cuda:1' that this torch can use"):
+        join("cuda")
