@@ -117,5 +117,5 @@ def test_results_that_do_not_fit_are_told_once(length):
 def test_results_that_nobody_reads_are_no_fault_of_the_place():
     reader, writer = os.pipe()
     os.close(reader)
-    with Results(writer, "w") as results, pytest.raises(BrokenPipeError):
+    with Results(writer, "w") as results, pytest.raises(BrokenPipeError, match="Broken pipe"):
         results.write(b"x")

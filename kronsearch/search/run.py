@@ -27,11 +27,11 @@ from kronsearch.search.reach import check_reachable
 from kronsearch.search.sampling import new_sampler
 from kronsearch.search.space import SearchSpace
 from kronsearch.search.stopwatch import Setting
-from kronsearch.search.storage import kept
+from kronsearch.search.storage import kept, url_of
 from kronsearch.search.study import Study, save_table
 from kronsearch.search.subject import Subject
 from kronsearch.search.summary import Summary, summarise
-from kronsearch.search.work import Work, url_of
+from kronsearch.search.work import Work
 from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.modes import own_modes

@@ -16,8 +16,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from kronsearch.errors import StudyError, first_line
+from kronsearch.files import make_folder
 
-__all__ = ["hidden", "kept", "open_study"]
+__all__ = ["hidden", "kept", "open_study", "url_of"]
 
 _URLS = "sqlite:///study.db, journal:///study.log, postgresql+psycopg://USER@HOST/NAME or grpc://HOST:PORT"
 _FAILURES = (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError, optuna.exceptions.OptunaError)
@@ -59,6 +60,20 @@ def open_study(url: str | None, name: str, objectives: int = 1) -> optuna.Study:
                 ) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def url_of(storage: str | None, folder: Path | None) -> str | None:
+    """Return where a study is kept, None for memory: where no URL is given `study.db` in the folder, which is made.
+
+    Raises:
+        StudyError: the folder's name means something else in a URL.
+    """
+    if storage is not None or folder is None:
+        return storage
+    if set("?%") & set(str(folder)):
+        raise StudyError(f"a study can't be kept in {folder} for its ? or %: pass another --out, or a --storage")
+    make_folder(folder)
+    return f"sqlite:///{folder / 'study.db'}"
 
 
 @contextmanager

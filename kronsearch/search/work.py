@@ -11,7 +11,6 @@ from torch import nn
 
 from kronsearch.budget import Limits
 from kronsearch.choices import SamplerName
-from kronsearch.errors import StudyError
 from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Start
 from kronsearch.finetuning.validation import tested
@@ -34,7 +33,7 @@ from kronsearch.search.subject import Subject
 from kronsearch.search.trial import outcome, overstepped, score
 from kronsearch.training.evaluate import Evaluation
 
-__all__ = ["Aim", "Work", "url_of"]
+__all__ = ["Aim", "Work"]
 
 _REVISION = 11  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
@@ -336,20 +335,6 @@ class Work:
         if self.data is None:
             return None, None
         return tested(self.dense, small, self.data, self.device, lambda done: self.subject.tell("test", done, 2))
-
-
-def url_of(storage: str | None, folder: Path | None) -> str | None:
-    """Return where a study is kept, None for memory: where no URL is given `study.db` in the folder, which is made.
-
-    Raises:
-        StudyError: the folder's name means something else in a URL.
-    """
-    if storage is not None or folder is None:
-        return storage
-    if set("?%") & set(str(folder)):
-        raise StudyError(f"a study can't be kept in {folder} for its ? or %: pass another --out, or a --storage")
-    make_folder(folder)
-    return f"sqlite:///{folder / 'study.db'}"
 
 
 def _best(ledger: Study) -> float | None:

@@ -25,9 +25,8 @@ class TrainSettings:
     both networks' outputs divided by `temperature` and the divergence multiplied by its square (Hinton et al., 2015),
     + `feature_weight` × the relative squared distance of the blocks' outputs, which are hints (FitNets: Romero et al.,
     2015): the first `hints` of the steps have them. Without a teacher the label weight is 1 and the others are 0.
-    `weight_decay` holds for tensors of two or more dimensions; each
-    of the S factors of a kernel has an S-th of it, so that the kernel decays as a dense one does.
-    Gradients are scaled down to a norm of at most `clip_norm`.
+    `weight_decay` holds for tensors of two or more dimensions; each of the S factors of a kernel has an S-th of it, so
+    that the kernel decays as a dense one does. Gradients are scaled down to a norm of at most `clip_norm`.
 
     With `mixing`, every batch of floating inputs is mixed with itself in reverse order, in shares that are drawn anew
     for each batch (mixup: Zhang et al., 2018): of a teacher that knows its training images by heart there is more to
