@@ -18,7 +18,6 @@ from kronsearch.sekron.spec import Run, SeKronSpec, all_merged
 __all__ = ["StepPrices", "plan_run", "plan_training"]
 
 _LARGEST = 16
-_LANES = 16  # channels that processors work on at once: fewer take as long
 _WORTH = 0.85  # of the time with the kernel formed: what stages are expected to take to be worth it
 
 
@@ -60,12 +59,14 @@ class StepPrices(NamedTuple):
     """What it takes a training step to move data and to form kernels, as the MACs of dense convolutions in that time.
 
     Args:
+        lanes: channels that the processor works on at once: fewer take as long.
         entry: for an entry of a convolution's inputs or outputs, there and back.
         depthwise: how many times as much where the convolution has a group for each channel.
         depthwise_slow: the same where it is dilated, or of three axes.
         forming: for a MAC that it takes to merge factors.
     """
 
+    lanes: int
     entry: int
     depthwise: int
     depthwise_slow: int
@@ -77,7 +78,8 @@ def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: 
 
     Other runs are taken if all of their stages are convolutions over plain channels, of one group or depthwise, and if
     they take at most 0.85 of the time. That is modelled, as MACs, moved entries and mergers; channels that are summed
-    over count in multiples of 16.
+    over count in multiples of the processor's lanes. All factors are merged of kernels of fewer in channels than lanes,
+    as those for images: there are fast convolutions for these, and no gradients towards images are taken.
 
     Args:
         spec: sequence and ranks; its own run doesn't matter.
@@ -86,6 +88,8 @@ def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: 
         prices: of the machine and precision.
     """
     best = replace(spec, run=all_merged(spec.sequence_length))
+    if spec.kernel_shape[1] * geometry.groups < prices.lanes:
+        return best
     least = _WORTH * _step_cost(best, geometry, plan_stages(best, geometry), positions, prices)
     for run in _runs(spec.sequence_length):
         planned = replace(spec, run=run)
@@ -109,12 +113,12 @@ def _step_cost(
     spec: SeKronSpec, geometry: Geometry, stages: Sequence[Stage], positions: int, prices: StepPrices
 ) -> float:
     """Return what a training step takes for a layer with so many positions of its outputs, as MACs."""
-    input_size = tuple(64 * _LANES * step for step in geometry.stride)  # large, so that borders are of no account
+    input_size = tuple(1024 * step for step in geometry.stride)  # large, so that borders are of no account
     before, cost = prod(input_size), 0
     for stage, size in stage_outputs(stages, geometry, input_size):
         group_in, group_out, price = stage.group_in, stage.group_out, prices.entry
         if stage.groups == 1:
-            group_in, group_out = _in_lanes(group_in), _in_lanes(group_out)
+            group_in, group_out = (-(-n // prices.lanes) * prices.lanes for n in (group_in, group_out))
         elif _is_depthwise(stage):
             dilated = any(step > 1 for step in stage.geometry.dilation)
             price *= prices.depthwise_slow if dilated or len(stage.extent) > 2 else prices.depthwise
@@ -123,10 +127,6 @@ def _step_cost(
         cost += price * stage.groups * (before * group_in + after * group_out)
         before = after
     return cost * positions / before + prices.forming * sum(merging_macs(spec, group) for group in spec.order)
-
-
-def _in_lanes(channels: int) -> int:
-    return -(-channels // _LANES) * _LANES
 
 
 def merging_macs(spec: SeKronSpec, group: Sequence[int]) -> int:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from kronsearch.sekron.coordinates import Rows, block_shape, row_coordinates
+from kronsearch.sekron.coordinates import THIN, Rows, block_shape, row_coordinates
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.tensors import as_matrices
 
 __all__ = ["FactorAdamW"]
 
 _FAR = 0.1  # of a factor's size; CIFAR's ResNets at their highest rates go 0.005 as a rule, and up to 0.02
+_FILLED = 2**18  # multiplications that a product with one factor may have in vain: as many as another product costs
 _RENEWAL = 100  # steps until coordinates are taken anew; then twice as many, and so on, so that they never cost much
 
 
@@ -56,9 +57,9 @@ class _Alone:
         return [self._map]
 
     def slope(self) -> Tensor | None:
-        """Return the gradient by the coordinates, None if there is none."""
+        """Return the gradient by the coordinates, None if there is none; it lies as `moved` does."""
         gradient = self.factors[0].grad
-        return None if gradient is None else self._mapped(gradient).view_as(self.moved)
+        return None if gradient is None else self._mapped(gradient).view_as(self.moved).contiguous()
 
     def add(self, kept: float | Tensor) -> None:
         """Add to what is kept of the factor where the step of its coordinates takes it, in place."""
@@ -75,6 +76,7 @@ class _Bundle:
 
     Each has its part of tensors of them all, which are filled up with rows of zeros: two products take the place of two
     for each of them, and AdamW moves one tensor. They share a count of steps: one that only some take counts for all.
+    Of few columns all parts lie transposed.
 
     Args:
         factors: of one dtype and device.
@@ -86,13 +88,16 @@ class _Bundle:
         self.factors, self._rows, self.decay = list(factors), list(rows), decay
         count, most, columns = len(factors), max(rows), factors[0].numel() // rows[0]
         like = factors[0].detach()
-        self.moved, self._slopes, self._step = (like.new_zeros(count, most, columns) for _ in range(3))
+        self._thin = columns < THIN
+        extents = (columns, most) if self._thin else (most, columns)
+        self.moved, self._slopes, self._step = (like.new_zeros(count, *extents) for _ in range(3))
         self._left = like.new_zeros(count, most, most)
         self._slope_of, self._step_of = self.parts(self._slopes), self.parts(self._step)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Return each factor's part of a tensor like `moved`, in the factor's shape."""
-        return [own[:n].view(f.shape) for own, n, f in zip(whole.unbind(), self._rows, self.factors, strict=True)]
+        each = whole.transpose(1, 2) if self._thin else whole
+        return [own[:n].view(f.shape) for own, n, f in zip(each.unbind(), self._rows, self.factors, strict=True)]
 
     def maps(self) -> list[Rows]:
         """Return where the map of each factor lies."""
@@ -106,15 +111,19 @@ class _Bundle:
         if len(told) < len(self.factors):
             self._slopes.zero_()
         torch._foreach_copy_([part for part, _ in told], [gradient for _, gradient in told])
-        return torch.bmm(self._left, self._slopes)
+        return torch.bmm(*self._mapped(self._slopes))
 
     def add(self, kept: float | Tensor) -> None:
         """Add to what is kept of the factors where the step of their coordinates takes them, in place."""
-        torch.bmm(self._left, self.moved, out=self._step)
+        torch.bmm(*self._mapped(self.moved), out=self._step)
         factors: list[Tensor] = [*self.factors]
         torch._foreach_mul_(factors, kept)
         torch._foreach_add_(factors, self._step_of)
         self.moved.zero_()
+
+    def _mapped(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to multiply to take a tensor like `moved` through the maps, which are symmetric."""
+        return (whole, self._left) if self._thin else (self._left, whole)
 
 
 class FactorAdamW:
@@ -279,13 +288,19 @@ def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
 def _movers(
     extents: Mapping[nn.Parameter, Sequence[int]], decays: Mapping[nn.Parameter, float]
 ) -> list[_Bundle | _Alone]:
-    """Return what takes the steps of all factors; those of like sizes are taken together."""
-    alone, together = [], defaultdict(list)
+    """Return what takes the steps of all factors; those of as many columns and like rows are taken together."""
+    alone, together = [], defaultdict[object, list[nn.Parameter]](list)
     for p, own in extents.items():
         if len(own) > 1 or block_shape(own[0])[0] > 1:
             alone.append(_Alone(p, own, decays[p]))
-            continue
-        size = ((own[0] - 1).bit_length() + 1) // 2  # so that rows are filled up to no more than four times theirs
-        together[size, p.numel() // own[0], decays[p], p.dtype].append(p)
-    bundles = [_Bundle(each, [extents[p][0] for p in each], decays[each[0]]) for each in together.values()]
+        else:
+            together[p.numel() // own[0], decays[p], p.dtype].append(p)
+    bundles: list[_Bundle] = []
+    for each in together.values():
+        each.sort(key=lambda p: -extents[p][0])
+        while each:
+            most, columns = extents[each[0]][0], each[0].numel() // extents[each[0]][0]
+            alike = [p for p in each if (most**2 - extents[p][0] ** 2) * columns <= _FILLED]
+            bundles.append(_Bundle(alike, [extents[p][0] for p in alike], decays[alike[0]]))
+            del each[: len(alike)]
     return [*alone, *bundles]

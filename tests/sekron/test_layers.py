@@ -378,8 +378,8 @@ OTHER_AXES = tuple(
 @contextmanager
 def in_stages(layer: SeKronConv) -> Iterator[None]:
     """Run a layer as it is trained in stages of plain convolutions, if there are any, however slow they are."""
-    with patch.object(planning, "_WORTH", math.inf), patch.object(planning, "_LANES", 1):
-        run = plan_training(layer.spec, layer.geometry, 1, StepPrices(0, 1, 1, 0)).order
+    with patch.object(planning, "_WORTH", math.inf):
+        run = plan_training(layer.spec, layer.geometry, 1, StepPrices(1, 0, 1, 1, 0)).order
     with kernels_formed(nn.Sequential(layer), runs={"0": run}):
         yield
 

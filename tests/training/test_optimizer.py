@@ -11,6 +11,7 @@ from kronsearch.sekron.coordinates import row_coordinates
 from kronsearch.sekron.layers import SeKronLinear
 from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.sekron.tensors import as_matrices
+from kronsearch.training import optimizer as module
 from kronsearch.training.optimizer import FactorAdamW
 
 CPU = torch.device("cpu")
@@ -134,12 +135,16 @@ def layers_of_ranks(*ranks):
         )
 
 
-def test_factors_that_are_moved_together_go_as_they_would_alone():
-    """Of other ranks, some of them so much fewer that they are not filled up to the same."""
+@pytest.mark.parametrize("thin", [0, 9, 16])
+def test_factors_that_are_moved_together_go_as_they_would_alone(monkeypatch, thin):
+    """Of other ranks, some of them so much fewer that they are not filled up to the same; of 4, 8 and 9 columns."""
     layers = layers_of_ranks(5, 1, 4, 3, 5)
     alone = copy.deepcopy(layers)
-    together, each = optimizer_of(layers), [optimizer_of(layer) for layer in alone]
-    assert len(together._movers) < sum(len(optimizer._movers) for optimizer in each)
+    each = [optimizer_of(layer) for layer in alone]
+    monkeypatch.setattr(module, "THIN", thin)
+    monkeypatch.setattr(module, "_FILLED", 16 * 8)  # of 8 columns from 3 rows to 5, of 9 from 4, of 4 from 1
+    together = optimizer_of(layers)
+    assert sorted(len(mover.factors) for mover in together._movers) == [1, 2, 3, 4, 5]
     for _ in range(3):
         images = torch.randn(5, 4, 6, 6)
         sum(layer(images).square().mean() for layer in layers).backward()

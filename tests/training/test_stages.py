@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from kronsearch.sekron import SeKronConv2d, SeKronLinear, SeKronSpec
 from kronsearch.training import stages as module
-from kronsearch.training.stages import PRICES, training_runs
+from kronsearch.training.stages import AVX2, PRICES, step_prices, training_runs
 
 LOW = SeKronSpec(((128, 1, 3, 1), (1, 128, 1, 3)), (16,))
 MANY = SeKronSpec(((128, 1, 1, 1), (1, 1, 3, 3), (1, 128, 1, 1)), (250, 1))
@@ -65,7 +65,22 @@ def test_all_positions_of_all_calls_and_examples_count(asked):
     runs = training_runs(Network(), torch.rand(3, 2, 66, 34), 5, "float32")
     assert runs == {"low": ((1,), (0,)), "many": ((2,), (1,), (0,))}
     positions = [5 * (32 * 16 + 16 * 8), 5 * 8 * 4]
-    assert asked == [(spec, count, PRICES["float32"]) for spec, count in zip((LOW, MANY), positions, strict=True)]
+    assert asked == [(spec, count, step_prices("float32")) for spec, count in zip((LOW, MANY), positions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "prices"),
+    [
+        ("AVX2", "float32", AVX2),
+        ("AVX2", "bf16", PRICES["bf16"]),
+        ("AVX512", "float32", PRICES["float32"]),
+        ("AVX512", "bf16", PRICES["bf16"]),
+        ("DEFAULT", "float32", PRICES["float32"]),
+    ],
+)
+def test_prices_are_those_of_the_processor(monkeypatch, capability, precision, prices):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert step_prices(precision) == prices
 
 
 def test_so_do_those_of_all_pictures_that_an_example_has(asked):
