@@ -153,7 +153,8 @@ class _Formed(torch.autograd.Function):
         else:
             one, two = rest
             terms = towards.view(-1, *plan.sizes[1:])
-            found.append(torch.bmm(terms, two[:, :, None], out=one.new_empty(*one.shape, 1)))
-            found.append(torch.bmm(one[:, None, :], terms, out=two.new_empty(len(two), 1, two.shape[1])))
+            # one row in front: with one column behind it takes five times as long (MKL, AVX2)
+            for row, matrix in ((two, terms.transpose(1, 2)), (one, terms)):
+                found.append(torch.bmm(row[:, None, :], matrix, out=row.new_empty(len(row), 1, matrix.shape[2])))
         whole = (torch.split(matrix.view(-1, *tail), ranks) for matrix, tail in zip(found, ctx.tails, strict=True))
         return None, None, None, *(factor for part in whole for factor in part)
