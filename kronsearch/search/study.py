@@ -11,7 +11,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kronsearch.choices import SamplerName
-from kronsearch.errors import StudyError, differences
+from kronsearch.errors import StudyError, differences, first_line
 from kronsearch.files import replacing
 from kronsearch.plan import Plan, parse_plan
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
@@ -97,13 +97,11 @@ class Study:
         self._storage, self._identity, self._sampler = storage, dict(identity), sampler
         self._me, self._lookout = new_worker(), Lookout()
         self._study = open_study(storage, name, objectives)
-        trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
-        known = self._study.user_attrs.get(_IDENTITY)
-        where = f"the study {name!r} in {hidden(storage or 'memory')}"
+        self._told, self._where = tuple(told), f"the study {name!r} in {hidden(storage or 'memory')}"
+        trials, known = self._first_look()
         fits = len(self._study.directions) == objectives
         if (known is None and (trials or not fits)) or not isinstance(known, dict | None):
-            raise StudyError(f"{where} is not kronsearch's: pass another --study or --storage")
-        self._told, self._where = tuple(told), where
+            raise StudyError(f"{self._where} is not kronsearch's: pass another --study or --storage")
         self.others()  # what was given up counts for nothing
         begun = self._study.get_trials(deepcopy=False, states=_BEGUN)
         if known is not None and (begun or not fits):
@@ -111,6 +109,20 @@ class Study:
         if known != self._identity:
             self._study.set_user_attr(_IDENTITY, self._identity)
         self.finished()
+
+    def _first_look(self) -> tuple[list[FrozenTrial], Any]:
+        """Return all trials and the identity, whatever it is.
+
+        Raises:
+            StudyError: something in the storage is not what Optuna writes.
+        """
+        try:
+            trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
+            return trials, self._study.user_attrs.get(_IDENTITY)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise StudyError(
+                f"{self._where} is damaged, or others wrote to it ({first_line(error)}): pass another --study or --out"
+            ) from error
 
     def beside(self, name: str, *, told: Sequence[str]) -> "Study":
         """Open the study that belongs to this one and has this name behind its own, in the same storage.

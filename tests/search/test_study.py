@@ -339,6 +339,30 @@ def test_a_finished_trial_without_objective_is_told(tmp_path):
         opened(tmp_path / "a.db")
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update study_user_attributes set value_json = '{no'",
+        "update trial_user_attributes set value_json = 'no' where key = 'slot'",
+        "update trial_system_attributes set value_json = ''",
+        "update trial_params set distribution_json = 'no'",
+        """update trial_params set distribution_json = '{"name": "Other", "attributes": {}}'""",
+        """update trial_params set distribution_json = '{"name": "FloatDistribution", "attributes": {"law": 0}}'""",
+        "update trial_params set distribution_json = '[]'",
+        "update trials set state = 'OTHER'",
+        "update trials set datetime_start = 'yesterday'",
+    ],
+)
+def test_what_optuna_does_not_write_is_told(tmp_path, statement):
+    run_trials(opened(tmp_path / "a.db"), 2)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
+        assert connection.execute(statement).rowcount > 0
+    with pytest.raises(
+        StudyError, match=r"^the study 's' in .* is damaged, or others wrote to it \(.+\): pass another"
+    ):
+        opened(tmp_path / "a.db")
+
+
 def test_a_study_of_somebody_elses_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
     optuna.create_study(storage=url, study_name="s").ask()
