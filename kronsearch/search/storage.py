@@ -21,7 +21,10 @@ from kronsearch.files import make_folder
 __all__ = ["hidden", "kept", "open_study", "url_of"]
 
 _URLS = "sqlite:///study.db, journal:///study.log, postgresql+psycopg://USER@HOST/NAME or grpc://HOST:PORT"
-_FAILURES = (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError, optuna.exceptions.OptunaError)
+_FAILURES = (
+    *(SQLAlchemyError, optuna.exceptions.OptunaError),
+    *(ImportError, ValueError, LookupError, OSError, RuntimeError),
+)
 _LOCKED = 60  # seconds that a writer of SQLite waits for others
 _SERVER = 10  # seconds that a gRPC server has to answer
 _AGAIN = (0.2, 0.4, 0.8)  # seconds; of workers that begin at the same moment, one makes the tables and the others fail

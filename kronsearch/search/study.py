@@ -78,8 +78,8 @@ class Study:
         told: what is written to every trial that can win.
 
     Raises:
-        StudyError: the storage can't be opened, the study was made with another identity, or has trials that are not of
-            its kind.
+        StudyError: the storage can't be opened or is damaged, the study was made with another identity, or has trials
+            that are not of its kind.
     """
 
     def __init__(
@@ -118,6 +118,9 @@ class Study:
         """
         try:
             trials = self._study.get_trials(deepcopy=False)  # before the identity: it is written before any trial
+            for trial in trials:
+                if trial.number is None or not isinstance(trial.user_attrs.get(_IDENTITY, {}), dict):
+                    raise ValueError(f"trial {trial.number} has no number, or other settings than a trial can have")
             return trials, self._study.user_attrs.get(_IDENTITY)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise StudyError(

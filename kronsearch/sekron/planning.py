@@ -88,7 +88,7 @@ def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: 
         prices: of the machine and precision.
     """
     best = replace(spec, run=all_merged(spec.sequence_length))
-    if spec.kernel_shape[1] * geometry.groups < prices.lanes:
+    if spec.kernel_shape[1] < prices.lanes:
         return best
     least = _WORTH * _step_cost(best, geometry, plan_stages(best, geometry), positions, prices)
     for run in _runs(spec.sequence_length):

@@ -16,7 +16,6 @@ from kronsearch.sekron.tensors import as_matrices
 __all__ = ["FactorAdamW"]
 
 _FAR = 0.1  # of a factor's size; CIFAR's ResNets at their highest rates go 0.005 as a rule, and up to 0.02
-_FILLED = 2**18  # multiplications that a product with one factor may have in vain: as many as another product costs
 _RENEWAL = 100  # steps until coordinates are taken anew; then twice as many, and so on, so that they never cost much
 
 
@@ -288,19 +287,13 @@ def _extents(layer: SeKronLayer, k: int) -> tuple[int, ...]:
 def _movers(
     extents: Mapping[nn.Parameter, Sequence[int]], decays: Mapping[nn.Parameter, float]
 ) -> list[_Bundle | _Alone]:
-    """Return what takes the steps of all factors; those of as many columns and like rows are taken together."""
-    alone, together = [], defaultdict[object, list[nn.Parameter]](list)
+    """Return what takes the steps of all factors; those of like sizes are taken together."""
+    alone, together = [], defaultdict(list)
     for p, own in extents.items():
         if len(own) > 1 or block_shape(own[0])[0] > 1:
             alone.append(_Alone(p, own, decays[p]))
-        else:
-            together[p.numel() // own[0], decays[p], p.dtype].append(p)
-    bundles: list[_Bundle] = []
-    for each in together.values():
-        each.sort(key=lambda p: -extents[p][0])
-        while each:
-            most, columns = extents[each[0]][0], each[0].numel() // extents[each[0]][0]
-            alike = [p for p in each if (most**2 - extents[p][0] ** 2) * columns <= _FILLED]
-            bundles.append(_Bundle(alike, [extents[p][0] for p in alike], decays[alike[0]]))
-            del each[: len(alike)]
+            continue
+        size = ((own[0] - 1).bit_length() + 1) // 2  # so that rows are filled up to no more than four times theirs
+        together[size, p.numel() // own[0], decays[p], p.dtype].append(p)
+    bundles = [_Bundle(each, [extents[p][0] for p in each], decays[each[0]]) for each in together.values()]
     return [*alone, *bundles]

@@ -351,6 +351,8 @@ def test_a_finished_trial_without_objective_is_told(tmp_path):
         "update trial_params set distribution_json = '[]'",
         "update trials set state = 'OTHER'",
         "update trials set datetime_start = 'yesterday'",
+        "update trials set number = null",
+        "update trial_user_attributes set value_json = '7' where key = 'identity'",
     ],
 )
 def test_what_optuna_does_not_write_is_told(tmp_path, statement):
@@ -360,6 +362,14 @@ def test_what_optuna_does_not_write_is_told(tmp_path, statement):
     with pytest.raises(
         StudyError, match=r"^the study 's' in .* is damaged, or others wrote to it \(.+\): pass another"
     ):
+        opened(tmp_path / "a.db")
+
+
+def test_so_are_directions_that_it_does_not_know(tmp_path):
+    opened(tmp_path / "a.db")
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
+        connection.execute("update study_directions set direction = 'OTHER'")
+    with pytest.raises(StudyError, match=r"^can't open the storage sqlite:.* \('OTHER' is not among"):
         opened(tmp_path / "a.db")
 
 

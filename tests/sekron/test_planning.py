@@ -331,8 +331,15 @@ def test_kernels_for_images_are_formed(prices, fewest):
     for channels in (1, 3, fewest - 1, fewest):
         spec = SeKronSpec(((512, 1, 1, 1), (1, channels, 9, 9)), (1,))
         assert len(plan_training(spec, SAME, MANY, prices).order) == (1 if channels < fewest else 2)
-        grouped = SeKronSpec(((512, 1, 1, 1), (1, 1, 9, 9)), (1,))
-        assert len(plan_training(grouped, replace(SAME, groups=channels), MANY, prices).order) == 1
+
+
+@pytest.mark.parametrize(("prices", "lanes"), [(BF16, 16), (FLOAT32, 16), (AVX2, 8)])
+def test_channels_take_as_long_as_the_lanes_that_they_begin(prices, lanes):
+    found = [
+        len(plan_training(three_by_three("bottleneck", 128, rank), SAME, MANY, prices).order) for rank in range(1, 129)
+    ]
+    assert all(len({*found[start : start + lanes]}) == 1 for start in range(0, 128, lanes))
+    assert {*found} == {1, 2}
 
 
 def test_a_stride_counts_for_the_stages_that_see_every_position():

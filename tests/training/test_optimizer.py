@@ -137,14 +137,13 @@ def layers_of_ranks(*ranks):
 
 @pytest.mark.parametrize("thin", [0, 9, 16])
 def test_factors_that_are_moved_together_go_as_they_would_alone(monkeypatch, thin):
-    """Of other ranks, some of them so much fewer that they are not filled up to the same; of 4, 8 and 9 columns."""
+    """Of other ranks, some of them so much fewer that they are not filled up to the same."""
     layers = layers_of_ranks(5, 1, 4, 3, 5)
     alone = copy.deepcopy(layers)
     each = [optimizer_of(layer) for layer in alone]
     monkeypatch.setattr(module, "THIN", thin)
-    monkeypatch.setattr(module, "_FILLED", 16 * 8)  # of 8 columns from 3 rows to 5, of 9 from 4, of 4 from 1
     together = optimizer_of(layers)
-    assert sorted(len(mover.factors) for mover in together._movers) == [1, 2, 3, 4, 5]
+    assert len(together._movers) < sum(len(optimizer._movers) for optimizer in each)
     for _ in range(3):
         images = torch.randn(5, 4, 6, 6)
         sum(layer(images).square().mean() for layer in layers).backward()
