@@ -18,13 +18,14 @@ from sqlalchemy.pool import NullPool
 from kronsearch.errors import StudyError, first_line
 from kronsearch.files import make_folder
 
-__all__ = ["hidden", "kept", "open_study", "url_of"]
+__all__ = ["MALFORMED", "hidden", "kept", "open_study", "url_of"]
 
 _URLS = "sqlite:///study.db, journal:///study.log, postgresql+psycopg://USER@HOST/NAME or grpc://HOST:PORT"
 _FAILURES = (
     *(SQLAlchemyError, optuna.exceptions.OptunaError),
     *(ImportError, ValueError, LookupError, OSError, RuntimeError),
 )
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)  # raised at what Optuna did not write
 _LOCKED = 60  # seconds that a writer of SQLite waits for others
 _SERVER = 10  # seconds that a gRPC server has to answer
 _AGAIN = (0.2, 0.4, 0.8)  # seconds; of workers that begin at the same moment, one makes the tables and the others fail
@@ -138,10 +139,7 @@ def _journal(place: str) -> BaseStorage:
 
     try:
         return JournalStorage(Journal(Path(place.removeprefix("/")).absolute()))
-    except (
-        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
-        optuna.exceptions.StorageInternalError,
-    ) as error:
+    except (*MALFORMED, optuna.exceptions.StorageInternalError) as error:
         raise ValueError(f"it is not a journal of Optuna: {error}") from error
 
 

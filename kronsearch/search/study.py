@@ -15,7 +15,7 @@ from kronsearch.errors import StudyError, differences, first_line
 from kronsearch.files import replacing
 from kronsearch.plan import Plan, parse_plan
 from kronsearch.search.sampling import GIVEN, SLOT, new_sampler
-from kronsearch.search.storage import hidden, open_study
+from kronsearch.search.storage import MALFORMED, hidden, open_study
 from kronsearch.search.workers import BEAT, WORKER, Lookout, Pulse, is_gone, new_worker
 
 __all__ = [
@@ -122,7 +122,7 @@ class Study:
                 if trial.number is None or not isinstance(trial.user_attrs.get(_IDENTITY, {}), dict):
                     raise ValueError(f"trial {trial.number} has no number, or other settings than a trial can have")
             return trials, self._study.user_attrs.get(_IDENTITY)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise StudyError(
                 f"{self._where} is damaged, or others wrote to it ({first_line(error)}): pass another --study or --out"
             ) from error

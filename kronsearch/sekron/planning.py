@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kronsearch.sekron.execution import Geometry, Stage, plan_stages, stage_outputs
 from kronsearch.sekron.spec import Run, SeKronSpec, all_merged
 
-__all__ = ["StepPrices", "plan_run", "plan_training"]
+__all__ = ["StepPrices", "plan_run", "plan_training", "training_costs"]
 
 _LARGEST = 16
 _WORTH = 0.85  # of the time with the kernel formed: what stages are expected to take to be worth it
@@ -87,18 +87,26 @@ def plan_training(spec: SeKronSpec, geometry: Geometry, positions: int, prices: 
         positions: of the layer's outputs in a step, for all examples and calls together.
         prices: of the machine and precision.
     """
-    best = replace(spec, run=all_merged(spec.sequence_length))
-    if spec.kernel_shape[1] < prices.lanes:
-        return best
-    least = _WORTH * _step_cost(best, geometry, plan_stages(best, geometry), positions, prices)
-    for run in _runs(spec.sequence_length):
+    formed, *staged = training_costs(spec, geometry, positions, prices).items()
+    if not staged or spec.kernel_shape[1] < prices.lanes:
+        return formed[0]
+    best, cost = min(staged, key=lambda each: each[1])
+    return best if cost < _WORTH * formed[1] else formed[0]
+
+
+def training_costs(spec: SeKronSpec, geometry: Geometry, positions: int, prices: StepPrices) -> dict[SeKronSpec, float]:
+    """Return what a training step is expected to take, as MACs: first with all factors merged, then in plain stages.
+
+    Args are those of `plan_training`.
+    """
+    merged = all_merged(spec.sequence_length)
+    found = {}
+    for run in (merged, *_runs(spec.sequence_length)):
         planned = replace(spec, run=run)
         stages = plan_stages(planned, geometry)
-        if len(stages) > 1 and all(map(_is_plain, stages)):
-            cost = _step_cost(planned, geometry, stages, positions, prices)
-            if cost < least:
-                best, least = planned, cost
-    return best
+        if run == merged or (len(stages) > 1 and all(map(_is_plain, stages))):
+            found[planned] = _step_cost(planned, geometry, stages, positions, prices)
+    return found
 
 
 def _is_plain(stage: Stage) -> bool:

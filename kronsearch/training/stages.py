@@ -22,8 +22,9 @@ PRICES: Mapping[Precision, StepPrices] = {
     "float32": StepPrices(lanes=16, entry=50, depthwise=1, depthwise_slow=1, forming=1),
 }
 # Of those on an EPYC with AVX2, of 16 to 256 channels: there MACs take longer, and data no longer to move. Ratios of a
-# step in stages to one with the kernel formed, 0.22 to 1.81, are right to an eighth (n = 144, root mean square of their
-# logarithms); by those above they are wrong by 0.38. Dilated depthwise ones take 15 times as long, of three axes 50.
+# step in stages to one with the kernel formed, 0.23 to 2.39, are right to an eighth (n = 144, root mean square of their
+# logarithms); by those above they are wrong by 0.34 (results/execution-speed/stage_prices.py). Dilated depthwise ones
+# take 15 times as long, of three axes 50.
 AVX2 = StepPrices(lanes=8, entry=15, depthwise=2, depthwise_slow=40, forming=1)
 
 

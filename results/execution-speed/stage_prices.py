@@ -3,10 +3,9 @@
     python results/execution-speed/stage_prices.py [--precision float32] [--rounds 7] [--out layers.csv]
 
 One thread, CPU seconds, channels last: each layer's two ways take turns, forming, forward and backward pass, medians.
-Printed are a line for each layer and, for the prices that this machine has, those of the other processors, and the best
-ones of a grid: how far off ratios of the two are (root mean square of logarithms), and what the layers take on average
-of the time with formed kernels, if stages are taken where the prices say so. The processors that prices were measured
-on are named in kronsearch/training/stages.py.
+Printed are a line for each layer and, for the prices of kronsearch/training/stages.py and the best ones of a grid: how
+far off ratios of the two are (root mean square of logarithms), and what the layers take on average of the time with
+formed kernels, if stages are taken where the prices say so.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -23,9 +21,9 @@ import torch
 from torch import nn
 
 from kronsearch.sekron.convolution import SeKronConv2d, kernels_formed
-from kronsearch.sekron.execution import Geometry, plan_stages
-from kronsearch.sekron.planning import _WORTH, StepPrices, _is_plain, _runs, _step_cost
-from kronsearch.sekron.spec import SeKronSpec, all_merged
+from kronsearch.sekron.execution import Geometry
+from kronsearch.sekron.planning import StepPrices, plan_training, training_costs
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.precision import KERNELS, Precision, forward
 from kronsearch.training.stages import AVX2, PRICES, step_prices
 
@@ -43,16 +41,6 @@ def specs_of(c: int, f: int, part: float) -> Iterator[tuple[str, SeKronSpec]]:
     yield "separable", SeKronSpec(((f, 1, 1, 3), (1, c, 3, 1)), (int(macs / (3 * c + 3 * f)),))
     yield "narrow behind", SeKronSpec(((f, 1, 1, 1), (1, c, 3, 3)), (int(macs / (9 * c + f)),))
     yield "narrow in front", SeKronSpec(((f, 1, 3, 3), (1, c, 1, 1)), (int(macs / (9 * f + c)),))
-
-
-def costs(spec: SeKronSpec, positions: int, prices: StepPrices) -> tuple[float, float, SeKronSpec]:
-    """Return what is expected with the kernel formed, in the best stages, and these."""
-    formed = replace(spec, run=all_merged(spec.sequence_length))
-    runs = [replace(spec, run=run) for run in _runs(spec.sequence_length) if len(run) != 1]
-    plain = [each for each in runs if all(map(_is_plain, plan_stages(each, SAME)))]
-    expected = [_step_cost(each, SAME, plan_stages(each, SAME), positions, prices) for each in (formed, *plain)]
-    least = min(range(1, len(expected)), key=expected.__getitem__)
-    return expected[0], expected[least], plain[least - 1]
 
 
 def measured(
@@ -83,9 +71,9 @@ def verdict(layers: list[tuple[SeKronSpec, int, float]], prices: StepPrices) -> 
     """Return how far off these prices are, and what the layers take by them, of (spec, positions, measured ratio)."""
     errors, takes = [], []
     for spec, positions, ratio in layers:
-        formed, staged, _ = costs(spec, positions, prices)
-        errors.append(math.log(staged / formed / ratio) ** 2)
-        takes.append(ratio if staged < _WORTH * formed else 1.0)
+        formed, *staged = training_costs(spec, SAME, positions, prices).values()
+        errors.append(math.log(min(staged) / formed / ratio) ** 2)
+        takes.append(ratio if len(plan_training(spec, SAME, positions, prices).order) > 1 else 1.0)
     return math.sqrt(statistics.mean(errors)), statistics.mean(takes)
 
 
@@ -98,30 +86,20 @@ def main(options: argparse.Namespace) -> None:
         examples, side, c, f = size
         positions = examples * side**2
         for name, spec in specs_of(c, f, part):
-            formed, staged, planned = costs(spec, positions, here)
+            (_, formed), *others = training_costs(spec, SAME, positions, here).items()
+            planned, staged = min(others, key=lambda each: each[1])
             took = measured(spec, planned, size, precision, options.rounds)
             layers.append((spec, positions, took[1] / took[0]))
             rows.append((*size, name, spec.ranks[0], len(planned.order), *took, took[1] / took[0], staged / formed))
             print(size, name, f"R {spec.ranks[0]}: {took[1] / took[0]:.2f}, expected {staged / formed:.2f}", flush=True)
     if options.out is not None:
-        columns = [
-            "examples",
-            "side",
-            "in",
-            "out",
-            "kind",
-            "R",
-            "stages",
-            "formed ms",
-            "staged ms",
-            "ratio",
-            "expected",
-        ]
-        pd.DataFrame(rows, columns=columns).to_csv(options.out, index=False, float_format="%.4g")
+        columns = ["examples", "side", "in", "out", "kind", "R", "stages", "formed_ms", "staged_ms"]
+        table = pd.DataFrame(rows, columns=[*columns, "ratio", "expected"])
+        table.to_csv(options.out, index=False, float_format="%.4g")
     lanes, entries, depthwise, forming = (8, 16), (10, 15, 20, 30, 50, 100, 150), (1, 2, 3), (1, 2, 5)
     grid = [StepPrices(n, e, d, here.depthwise_slow, m) for n, e, d, m in product(lanes, entries, depthwise, forming)]
     best = min(grid, key=lambda prices: verdict(layers, prices))
-    for name, prices in {"here": here, **PRICES, "AVX2": AVX2, "best": best}.items():
+    for name, prices in {**PRICES, "AVX2": AVX2, "best": best}.items():
         print(f"{name}, {prices}: off by {{:.2f}}, layers take {{:.3f}}".format(*verdict(layers, prices)))
     print(f"the least that they can take {statistics.mean(min(1, ratio) for *_, ratio in layers):.3f}")
 
