@@ -247,7 +247,9 @@ def finetune(
 
 @app.command("evaluate")
 def evaluate(
-    plan: Annotated[Path | None, typer.Argument(metavar="PLAN", help="A plan to apply to the weights")] = None,
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="A plan to apply to the weights, or a compressed.safetensors")
+    ] = None,
     model: ModelSpec = None,
     model_args: ModelArgs = None,
     weights: Weights = None,

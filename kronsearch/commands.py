@@ -15,7 +15,7 @@ import typer
 from kronsearch.budget import Budget, budgets, read_span
 from kronsearch.config import OptionError, Settings
 from kronsearch.given import check_data, data_of, device_of, input_shape_of, model_of, spec_of
-from kronsearch.plan import load_plan
+from kronsearch.plan import holds_weights, load_plan
 from kronsearch.report import (
     comparison,
     evaluation,
@@ -217,7 +217,7 @@ def apply(path: Path, out: Path, settings: Settings) -> None:
 def finetune(path: Path, settings: Settings) -> None:
     """Fine-tune a compressed network, and compare it with the dense one, its teacher."""
     spec = spec_of(settings)
-    plan = None if path.suffix == ".safetensors" else load_plan(path)
+    plan = None if holds_weights(path) else load_plan(path)
     check_data(settings)
 
     from kronsearch.finetuning.run import finetune
@@ -256,21 +256,24 @@ def finetune(path: Path, settings: Settings) -> None:
 def evaluate(path: Path | None, settings: Settings) -> None:
     """Evaluate a dense checkpoint, a plan applied to one, or a compressed checkpoint, on a split of the data."""
     spec = spec_of(settings)
-    plan = None if path is None else load_plan(path)
+    plan = None if path is None or holds_weights(path) else load_plan(path)
     check_data(settings)
 
     from kronsearch.models.apply import apply_plan, is_compressed, load_compressed, stored_plan
     from kronsearch.models.loading import load_model
     from kronsearch.training.evaluate import evaluate
 
-    device, weights = device_of(settings), settings.weights
-    compressed = weights is not None and is_compressed(weights)
-    if weights is not None and compressed and plan is None:
-        plan = stored_plan(weights)
+    device, compressed = device_of(settings), None
+    if path is not None and plan is None:
+        compressed = path
+    elif settings.weights is not None and is_compressed(settings.weights):
+        compressed = Path(settings.weights)
+    if compressed is not None and plan is None:
+        plan = stored_plan(compressed)
     data = data_of(settings, plan, reseeded=False, val_fraction=settings.val_fraction)
     assert data is not None
-    if weights is not None and compressed:
-        model = load_compressed(load_model(spec, args=settings.model_args), weights, plan)
+    if compressed is not None:
+        model = load_compressed(load_model(spec, args=settings.model_args), compressed, plan)
     else:
         model = model_of(settings, spec)
         if plan is not None:
@@ -284,9 +287,9 @@ def bench(path: Path | None, csv: Path | None, settings: Settings) -> None:
     """Time the dense network and a compressed one on this machine."""
     spec = spec_of(settings)
     file = path if path is not None or settings.weights is None else Path(settings.weights)
-    if file is None or (path is None and file.suffix != ".safetensors"):
+    if file is None or (path is None and not holds_weights(file)):
         raise OptionError("nothing to compare with: pass a plan.json, or the compressed.safetensors of a run")
-    plan = None if file.suffix == ".safetensors" else load_plan(file)
+    plan = None if holds_weights(file) else load_plan(file)
 
     from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
     from kronsearch.models.bench import bench, save_timings

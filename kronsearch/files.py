@@ -53,6 +53,9 @@ def alone(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     Args:
         path: of the lock's file, which stays.
         waits: is called if another process holds it.
+
+    Raises:
+        FileError: the file can't be made.
     """
     lock = FileLock(path)
     try:
@@ -60,6 +63,8 @@ def alone(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     except Timeout:
         waits()
         lock.acquire()
+    except OSError as error:
+        raise FileError(f"can't write {path} ({error.strerror or error}): pass another --out") from error
     try:
         yield
     finally:

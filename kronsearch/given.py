@@ -59,7 +59,7 @@ def data_of(
     """Return the data, split by the seed given, else by the plan's: what its search validated on is not trained on.
 
     Of that a smaller `val_fraction` leaves a part to be trained on, and holds out no other images. Of a command that
-    has no option for a seed, what a settings file tells is for others: not `reseeded`.
+    has no option for a seed, what a settings file tells is no reason to split otherwise than a plan: not `reseeded`.
     """
     if settings.data is None:
         return None

@@ -34,7 +34,9 @@ __all__ = [
     "Provenance",
     "Score",
     "fingerprint",
+    "holds_weights",
     "load_plan",
+    "parse_plan",
     "save_plan",
 ]
 
@@ -45,6 +47,7 @@ _LARGEST_FILE = 64 * 2**20
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Extent = Annotated[int, Field(ge=1, lt=2**31)]
+Extents = Annotated[tuple[Extent, ...], Field(max_length=16)]
 
 
 class _Part(BaseModel):
@@ -102,7 +105,7 @@ class Latency(_Part):
 class LayerPlan(_Part):
     """What becomes of a layer: a spec, or dense with the reason why."""
 
-    kernel_shape: tuple[Extent, ...]
+    kernel_shape: Extents
     spec: SeKronSpec | None = None
     dense: str | None = None
     error: Annotated[float, Field(ge=0)] = 0.0
@@ -165,7 +168,7 @@ class Plan(_Part):
 
     schema_version: int = SCHEMA_VERSION
     model: ModelIdentity
-    input_shape: tuple[Extent, ...]
+    input_shape: Extents
     budget: PlanBudget
     dense: Cost
     compressed: Cost
@@ -215,6 +218,11 @@ def fingerprint(layers: dict[str, LayerPlan]) -> str:
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan as JSON, all of it or nothing; equal plans give equal bytes."""
     write_text(Path(path), plan.model_dump_json(indent=2) + "\n")
+
+
+def holds_weights(path: Path) -> bool:
+    """Tell by its name whether a file is one of weights, which of a compressed network has the plan in its metadata."""
+    return path.suffix == ".safetensors"
 
 
 def load_plan(path: str | Path) -> Plan:

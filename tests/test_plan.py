@@ -191,6 +191,8 @@ def changed(plan, place, value):
         (["layers", "conv", "error"], float("inf"), r"layers\.conv\.error: Input should be a finite number"),
         (["predicted_error"], float("nan"), r"predicted_error: Input should be a finite number"),
         (["predicted_error"], "0.1", r"predicted_error: Input should be a valid number"),
+        (["layers", "conv", "kernel_shape"], [1] * 17, r"conv\.kernel_shape: Tuple should have at most 16 items"),
+        (["input_shape"], [1] * 17, r"input_shape: Tuple should have at most 16 items"),
         (["input_shape"], [0, 8, 8], r"input_shape\.0: Input should be greater than or equal to 1"),
         (["dense", "macs"], "5", r"dense\.macs: Input should be a valid integer"),
         (["dense", "macs"], -5, r"dense\.macs: Input should be greater than or equal to 0"),

@@ -16,7 +16,7 @@ from kronsearch.finetuning.loop import CHECKPOINT, COMPRESSED, Loop, Tell
 from kronsearch.finetuning.record import Record, read_record
 from kronsearch.finetuning.validation import Validation
 from kronsearch.models.apply import measured, skeleton, stream
-from kronsearch.models.checkpoint import fingerprint_weights, load_state_dict
+from kronsearch.models.checkpoint import fill, fingerprint_weights, load_state_dict
 from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Plan
 from kronsearch.training.blocks import block_names
@@ -63,7 +63,7 @@ class Ended:
 
     Args:
         plan: of the network, with its cost.
-        network: the best one of the second half by the validation score.
+        network: the one that was kept, see `supersedes`.
         record: of all evaluations.
         was_done: whether an earlier call had come to the end.
         seconds: that this call trained for, evaluations included.
@@ -119,6 +119,12 @@ class Course:
             "seed": seed,
         }
 
+    def check_compiling(self) -> None:
+        """Raise TrainingError if the networks shall be compiled, and can't be."""
+        if self._settings.compiled:
+            self._team.refuse_compiling()
+            require_compiler(self._device)
+
     def found(self) -> Found | None:
         """Return what there is in the folder to resume from; not one with other settings that has not taken a step.
 
@@ -146,14 +152,13 @@ class Course:
             tell: see `Loop`.
 
         Raises:
-            CheckpointError: what was found is of another network.
+            CheckpointError: what was found, or the network that was kept, is another one.
             TrainingError: the loss is no longer finite, or the networks can't be compiled.
         """
         steps = total_steps(self._settings, self._data.size("train"))
         was_done = found is not None and any(row.step == steps for row in found[0].log)
-        if self._settings.compiled and not was_done:
-            self._team.refuse_compiling()
-            require_compiler(self._device)
+        if not was_done:
+            self.check_compiling()
         if self._team.leads:
             make_folder(self._out)
         if found is None:
@@ -185,8 +190,9 @@ class Course:
                     tell=tell,
                 ).run()
             seconds = time.monotonic() - began
-        weights = load_state_dict(self._out / COMPRESSED, wrapped=False) if self._team.leads else {}
-        small.load_state_dict(self._team.from_leader(weights))
+        kept = self._out / COMPRESSED
+        weights = self._team.from_leader(load_state_dict(kept) if self._team.leads else {})
+        fill(small, weights, f"{kept} is not what this fine-tune left there, pass another --out")
         return Ended(plan, small, record, was_done, seconds)
 
     def _restore(self, trainer: Trainer, state: dict[str, Tensor]) -> None:

@@ -69,7 +69,7 @@ class Record(_Part):
 
     @property
     def kept(self) -> Row | None:
-        """The row of the network that is kept as the best."""
+        """The row of the network that is kept."""
         return next((row for row in reversed(self.log) if row.kept), None)
 
     def check(self, identity: Mapping[str, JsonValue], path: Path) -> None:
@@ -106,7 +106,7 @@ def read_record(path: Path) -> tuple[Record, dict[str, Tensor]] | None:
             f"{path} has version {record.version}, this kronsearch reads {_VERSION}: resume it with the one that wrote "
             "it, or pass another --out"
         )
-    return record, load_state_dict(path, wrapped=False)
+    return record, load_state_dict(path)
 
 
 def save_log(record: Record, metric: str, path: Path) -> None:

@@ -1,5 +1,7 @@
 """A long fine-tune of a compressed network with the dense one as its teacher, which can be stopped and resumed."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,21 +11,24 @@ from torch import nn
 
 from kronsearch.choices import check_seed
 from kronsearch.errors import TrainingError
+from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Course, Found, Start, long_settings
 from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.finetuning.record import Row
 from kronsearch.finetuning.validation import tested
 from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
 from kronsearch.models.checkpoint import check_storable, fingerprint_weights
-from kronsearch.plan import Plan, load_plan
+from kronsearch.plan import Plan, holds_weights, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.modes import own_modes
-from kronsearch.training.team import join
+from kronsearch.training.team import Team, join
 
 __all__ = ["FinetuneResult", "finetune"]
+
+_LOCK = ".lock"  # who is at it
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def finetune(
     the training examples (see `TrainSettings`). After each epoch the average of its weights is scored on the validation
     split. The latest is in `compressed.safetensors`, in the second half unless it is worse than the one before (see
     `kronsearch.finetuning.loop.supersedes`), all scores are in `log.csv`. A fine-tune that is resumed from
-    `checkpoint.safetensors` ends with the weights it would have had.
+    `checkpoint.safetensors` ends with the weights it would have had. Of several that are given one folder on one
+    machine, one is at it, and the others wait.
 
     Started by `torchrun`, the processes train together: each takes its share of every batch of `batch_size`, and the
     first one writes.
@@ -112,11 +118,25 @@ def finetune(
     begin = _start(dense, Path(start) if isinstance(start, str) else start, data, own_device, watch)
     out = Path(out)
     course = Course(dense, begin, data, settings, out=out, device=own_device, seed=seed, team=team)
-    found = team.from_leader(_found(course, out) if team.leads else None)
-    ended = course.run(found, None, lambda *told: tell("finetune", *told))
+    if not out.exists():  # there is nothing that was done before: what can't be begun is known before there is a folder
+        course.check_compiling()
+    with _alone(out, team, lambda: tell("finetune", 0, 1, "another fine-tune is at it")):
+        found = team.from_leader(_found(course, out) if team.leads else None)
+        ended = course.run(found, None, lambda *told: tell("finetune", *told))
     first, second = tested(dense, ended.network, data, own_device, lambda done: tell("test", done, 2))
     log = pd.DataFrame([row.model_dump() for row in ended.record.log], columns=list(Row.model_fields))
     return FinetuneResult(ended.plan, ended.network, first, second, log, ended.was_done, out)
+
+
+@contextmanager
+def _alone(out: Path, team: Team, waits: Callable[[], None]) -> Iterator[None]:
+    """Have the folder for one fine-tune at a time, of which the first process stands for its team."""
+    if not team.leads:
+        yield
+        return
+    make_folder(out)
+    with alone(out / _LOCK, waits):
+        yield
 
 
 def _found(course: Course, out: Path) -> Found | None:
@@ -129,13 +149,9 @@ def _found(course: Course, out: Path) -> Found | None:
     return found
 
 
-def _holds_weights(path: Path) -> bool:
-    return path.suffix == ".safetensors"
-
-
 def _start(dense: nn.Module, given: Plan | Path, data: Data, device: torch.device, watch: Watcher) -> Start:
     """Return what a fine-tune of a plan or a file begins with."""
-    if isinstance(given, Path) and _holds_weights(given):
+    if isinstance(given, Path) and holds_weights(given):
         plan = stored_plan(given)
         content = fingerprint_weights(load_compressed(dense, given, plan))
         return Start(plan, content, lambda: load_compressed(dense, given, plan))

@@ -10,7 +10,7 @@ from kronsearch.models.checkpoint import fill, load_state_dict, read_metadata, s
 from kronsearch.models.factorised import empty_layer, factorise, replace_layers
 from kronsearch.models.profile import profile_model
 from kronsearch.models.statistics import gather_moments
-from kronsearch.plan import Cost, Plan, parse_plan
+from kronsearch.plan import Cost, Plan, holds_weights, parse_plan
 from kronsearch.progress import Progress, Watcher, ignore
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Metric
@@ -141,7 +141,7 @@ def save_compressed(model: nn.Module, plan: Plan, path: str | Path, *, epochs: f
 def is_compressed(path: str | Path) -> bool:
     """Tell whether a file holds a compressed network, as `save_compressed` writes it."""
     path = Path(path)
-    return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == _FORMAT
+    return holds_weights(path) and path.is_file() and read_metadata(path).get("format") == _FORMAT
 
 
 def _check_compressed(path: str | Path) -> None:
@@ -176,7 +176,7 @@ def load_compressed(model: nn.Module, path: str | Path, plan: Plan | None = None
     _check_compressed(path)
     plan = stored_plan(path) if plan is None else plan
     small = skeleton(model, plan)
-    fill(small, load_state_dict(path, wrapped=False), f"{path} doesn't fit the plan")
+    fill(small, load_state_dict(path), f"{path} doesn't fit the plan")
     return small.eval()
 
 

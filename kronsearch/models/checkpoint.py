@@ -31,6 +31,7 @@ __all__ = [
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _LAYERS = 4  # of such wrappers around one another
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+_LONGEST = 200  # characters of a name, or of what is wrong with a tensor, that are told
 _SAVED = "a torch.save file of tensors"
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -46,12 +47,11 @@ _TYPE_NAMES = {
 }
 
 
-def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint onto the CPU, by name.
 
     A `.safetensors` file is read as such, any other as a torch.save file, of which nothing but tensors and plain
-    containers is unpickled. {"state_dict": …} and the like are unwrapped, and if `wrapped` the prefix that
-    DataParallel or torch.compile leave is taken off.
+    containers is unpickled; {"state_dict": …} and the like are unwrapped.
     CheckpointError if the file is missing, truncated, of another kind, would take more memory than it is long, or holds
     anything but plain tensors.
     """
@@ -60,21 +60,20 @@ def load_state_dict(path: str | Path, *, wrapped: bool = True) -> dict[str, Tens
         raise CheckpointError(f"no checkpoint at {path}: {'it is a folder' if path.is_dir() else 'no such file'}")
     if path.suffix == ".safetensors":
         with _unreadable(path, "a safetensors file"):
-            state = load_file(path)
-        return _without_prefix(state) if wrapped else state
+            return load_file(path)
     _refuse_bombs(path)
     with _unreadable(path, _SAVED):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    state = _unwrap(content, path)
-    return _without_prefix(state) if wrapped else state
+    return _unwrap(content, path)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint into `model`; names and shapes must be the model's.
 
-    CheckpointError otherwise, as of `fill`; the model is then unchanged.
+    What DataParallel or torch.compile leave in front of names is taken off. CheckpointError otherwise, as of `fill`;
+    the model is then unchanged.
     """
-    state = load_state_dict(path, wrapped=False)
+    state = load_state_dict(path)
     if not state.keys() <= model.state_dict().keys():  # the network may be a wrapper itself
         state = _without_prefix(state)
     fill(model, state, f"{path} does not fit {type(model).__name__}")
@@ -202,7 +201,11 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         content = inner[0] if inner else content
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds {type(content).__name__} in place of tensors by name")
-    strange = [str(k) for k, v in content.items() if not (isinstance(k, str) and _is_plain(v))]
+    strange = [
+        k if isinstance(k, str) else f"a key of type {type(k).__name__}"  # to print one may take any time and memory
+        for k, v in content.items()
+        if not (isinstance(k, str) and _is_plain(v))
+    ]
     if strange:
         raise CheckpointError(
             f"{path} holds more than tensors by name ({_few(strange)}); a state dict, or one under "
@@ -241,4 +244,5 @@ def _list(what: str, names: list[str]) -> str:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    told = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in names[:3]]
+    return ", ".join(told) + (", …" if len(names) > 3 else "")

@@ -87,15 +87,13 @@ class ModelCost:
         raise ModelError(f"the network has no layer {name!r} with parameters or MACs: {hint}")
 
 
-def profile_model(
-    model: nn.Module, *, input_shape: tuple[int, ...], device: torch.device | str | None = None
-) -> ModelCost:
-    """Measure `model` in eval mode on one example of zeros of `input_shape` (without the batch).
+def profile_model(model: nn.Module, *, input_shape: tuple[int, ...]) -> ModelCost:
+    """Measure `model` in eval mode on one example of zeros of `input_shape` (without the batch), on its own device.
 
-    `device` is where the example is made, by default the device of the model's parameters. The model is left as it was
-    found. Raises ModelError if it can't run on such an input, or if it runs an operator whose cost nobody knows.
+    The model is left as it was found. Raises ModelError if it can't run on such an input, or if it runs an operator
+    whose cost nobody knows.
     """
-    example = _example(model, input_shape, device)
+    example = _example(model, input_shape)
     with _left_as_found(model) as fast_attention, torch.no_grad():
         model.eval()
         asked = f"an input of shape (1, {', '.join(map(str, input_shape))})"
@@ -176,13 +174,13 @@ def _first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more modules" if len(names) > 3 else "")
 
 
-def _example(model: nn.Module, input_shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
     if not input_shape or min(input_shape) < 1:
         raise ModelError(f"an input of shape {tuple(input_shape)} is empty; give positive sizes without the batch")
     _check_countable(model)
     tensors = list(chain(model.parameters(), model.buffers()))
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
-    place = device if device is not None else next((tensor.device for tensor in tensors), "cpu")
+    place = next((tensor.device for tensor in tensors), "cpu")
     return torch.zeros(1, *input_shape, dtype=dtype, device=place)
 
 

@@ -40,7 +40,7 @@ class Shelf:
         try:
             told = read_metadata(path)
             if told.get(_KEY) == _text(key):
-                tensors = load_state_dict(path, wrapped=False)
+                tensors = load_state_dict(path)
                 return tensors if told.get(_DIGEST) == fingerprint_tensors(tensors) else None
         except CheckpointError:
             pass  # it is computed anew, and written over

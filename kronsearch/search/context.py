@@ -78,7 +78,7 @@ class Context:
         key = {
             **self.origin,
             "specs": repr(sorted(specs.items())),
-            "task": type(self.scorer.data.task).__qualname__,
+            "task": self.scorer.data.task.identity,
             "runs on": images,
         }
         kept = self.shelf.get("context", key)

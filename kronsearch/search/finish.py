@@ -12,13 +12,13 @@ from kronsearch.errors import CheckpointError, KronsearchError, ModelError, Plan
 from kronsearch.finetuning.course import Course, Start, long_settings
 from kronsearch.finetuning.loop import Tell
 from kronsearch.finetuning.validation import Validation
-from kronsearch.models.apply import stored_plan
+from kronsearch.models.apply import load_compressed, stored_plan
 from kronsearch.models.checkpoint import read_metadata
 from kronsearch.models.profile import profile_model
 from kronsearch.plan import Plan, Score
 from kronsearch.search.study import plan_of
 
-__all__ = ["check_cost", "final_plan", "is_done", "tuned"]
+__all__ = ["check_cost", "final_plan", "kept_network", "tuned"]
 
 
 def final_plan(trial: FrozenTrial, study: str, score: Score | None) -> Plan:
@@ -34,14 +34,18 @@ def final_plan(trial: FrozenTrial, study: str, score: Score | None) -> Plan:
     return plan.model_copy(update={"score": score, "provenance": provenance})
 
 
-def is_done(path: Path, plan: Plan, epochs: float) -> bool:
-    """Tell whether a file holds the network of this plan, fine-tuned for so many epochs; a damaged one doesn't."""
+def kept_network(dense: nn.Module, path: Path, plan: Plan, epochs: float) -> nn.Module | None:
+    """Return the network that a file holds if it is of this plan and was fine-tuned for so many epochs, else None.
+
+    A damaged file is as good as none.
+    """
     try:
-        kept = stored_plan(path)
+        kept = stored_plan(path).model_copy(update={"latency": plan.latency})  # timed anew it is the same network
+        if kept != plan or read_metadata(path).get("epochs") != str(epochs):
+            return None
+        return load_compressed(dense, path, plan)
     except (CheckpointError, PlanError):
-        return False
-    kept = kept.model_copy(update={"latency": plan.latency})  # timed anew it is the same network
-    return kept == plan and read_metadata(path).get("epochs") == str(epochs)
+        return None
 
 
 def check_cost(small: nn.Module, plan: Plan) -> None:

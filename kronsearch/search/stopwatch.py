@@ -20,6 +20,7 @@ from kronsearch.models.bench import Timing, bench
 from kronsearch.models.latency import Lineup, random_network, time_lineups
 from kronsearch.models.profile import ModelCost
 from kronsearch.models.shelf import Shelf, versions
+from kronsearch.models.structure import fingerprint_structure
 from kronsearch.models.timing import (
     LAYOUTS,
     Layout,
@@ -83,7 +84,8 @@ class Stopwatch:
         cost: its profile.
         names: of its replaceable layers.
         setting: batch and threads.
-        shelf: where measurements are kept, by machine, versions, setting, geometry and spec.
+        shelf: where measurements are kept: of candidates by machine, versions, setting, types, geometry and spec, of
+            whole networks by their structure, too.
         device: to run on.
         tell: is called with the line-ups that were measured, and how many there are.
         timer: what times line-ups, as `time_lineups`.
@@ -112,8 +114,11 @@ class Stopwatch:
             "code": _digest_of_code(),
             "batch": setting.batch,
             "threads": setting.threads,
+            "types": sorted({str(parameter.dtype) for parameter in dense.parameters()}),
         }
-        self._identity = [f"{layer.kind} {layer.kernel_shape} {layer.calls} {layer.geometry}" for layer in cost.layers]
+        # layers alone don't tell how long a network takes: one of slower activations may have the same
+        layers = [f"{layer.kind} {layer.kernel_shape} {layer.calls} {layer.geometry}" for layer in cost.layers]
+        self._identity = [fingerprint_structure(dense), *layers]
         self._timer, self._comparer = timer, comparer
         self._plans: dict[str, Latency] = {}
         self._timed: tuple[Sequence[Candidates], bool, list[Candidates]] | None = None

@@ -174,7 +174,8 @@ def sweep(
 def _allocations(problems: Sequence[Problem], paces: Sequence[Pace], subject: Subject) -> list[Allocation]:
     """Return the best allocation for each problem, of all of the same candidates that were found and keep its bounds.
 
-    What the solver leaves open, up to the gap, could otherwise make a larger budget the worse one.
+    What the solver leaves open, up to the gap, could otherwise make a larger budget the worse one. A budget of latency
+    is kept by what was measured.
 
     Raises:
         BudgetError: a budget can't be reached.
@@ -187,10 +188,11 @@ def _allocations(problems: Sequence[Problem], paces: Sequence[Pace], subject: Su
         found.append(kept[0])
     subject.tell("budgets", len(problems), len(problems))
     best = []
-    for problem, own in zip(problems, found, strict=True):
+    for problem, own, pace in zip(problems, found, paces, strict=True):
         alike = (other for other, its in zip(found, problems, strict=True) if its.candidates is problem.candidates)
-        fitting = (other for other in alike if problem.bounds.hold(**other.costs))
-        least = min(fitting, key=lambda other: other.error)
+        fitting = [other for other in alike if problem.bounds.hold(**other.costs)]
+        fitting.sort(key=lambda other: other.error)
+        least = next((other for other in fitting if pace.checked(problem, other) is not None), own)
         proven = own.error * (1 - own.gap)
         gap = max(0.0, (least.error - proven) / least.error) if least.error > 0 else 0.0
         best.append(replace(least, gap=gap))

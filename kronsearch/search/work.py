@@ -13,8 +13,9 @@ from kronsearch.budget import Limits
 from kronsearch.choices import SamplerName
 from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Start
+from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.finetuning.validation import tested
-from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
+from kronsearch.models.apply import apply_plan, save_compressed
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Latency, Plan
 from kronsearch.progress import Phase
@@ -23,7 +24,7 @@ from kronsearch.search.decode import Problem
 from kronsearch.search.decoders import Decoder
 from kronsearch.search.draft import Draft
 from kronsearch.search.finals import Finals
-from kronsearch.search.finish import check_cost, is_done, tuned
+from kronsearch.search.finish import check_cost, kept_network, tuned
 from kronsearch.search.pace import Pace, specs_of
 from kronsearch.search.prepare import Prepared
 from kronsearch.search.score import Scorer
@@ -295,10 +296,10 @@ class Work:
         epochs = epochs if self.data is not None else 0.0
         if folder is None:
             return self._finished(plan, epochs, None)
-        path = folder / "compressed.safetensors"
+        path = folder / COMPRESSED
         with alone(folder / _LOCK, lambda: self.subject.tell("final", 0, 1, "another worker is at it")):
-            if is_done(path, plan, epochs):
-                return load_compressed(self.dense, path, plan).to(self.device)
+            if (kept := kept_network(self.dense, path, plan, epochs)) is not None:
+                return kept.to(self.device)
             small = self._finished(plan, epochs, folder / _FINAL)
             save_compressed(small, plan, path, epochs=epochs)
             return small

@@ -12,7 +12,8 @@ from kronsearch.sekron.shapes import FactorShapes, Structure, structure_of
 
 __all__ = ["Coupling", "Run", "SeKronSpec", "all_merged", "check_product"]
 
-_MOST_FACTORS = 16
+_MOST = 16  # factors, and modes of a kernel
+_LARGEST = 2**31  # is above all entries of shapes, and ranks
 
 Coupling = Literal["tree", "chain"]
 Run = tuple[tuple[int, ...], ...]
@@ -37,8 +38,9 @@ class SeKronSpec:
             it computes.
 
     Raises:
-        SpecError: shapes of different lengths, entries that are not positive ints, a wrong number of ranks, ranks
-            above what any kernel of that shape can need, or a run that is not of these factors.
+        SpecError: shapes of different lengths, more than 16 factors or modes, entries that are not positive ints below
+            2^31, a wrong number of ranks, ranks above what any kernel of that shape can need, or a run that is not of
+            these factors.
     """
 
     factor_shapes: FactorShapes
@@ -50,15 +52,17 @@ class SeKronSpec:
         object.__setattr__(self, "factor_shapes", tuple(tuple(map(_plain, shape)) for shape in self.factor_shapes))
         object.__setattr__(self, "ranks", tuple(map(_plain, self.ranks)))
         shapes, ranks = self.factor_shapes, self.ranks
+        # before anything is multiplied or told: files of other people say these numbers
+        if max(len(shapes), len(ranks) + 1, *map(len, shapes)) > _MOST:
+            raise SpecError(f"a sequence has at most {_MOST} factors, of a kernel with as many modes at the most")
+        for value in (*(n for shape in shapes for n in shape), *ranks):
+            if type(value) is not int or not 0 < value < _LARGEST:
+                told = "" if isinstance(value, int) and abs(value) >= _LARGEST else f", not {value!r}"
+                raise SpecError(f"factor shapes and ranks must be positive whole numbers below {_LARGEST}{told}")
         if not shapes or len({len(shape) for shape in shapes}) != 1 or len(shapes[0]) < 2:
             raise SpecError(
                 f"factor shapes {shapes} need one entry per mode of the kernel (two at least), the same number in each"
             )
-        if len(shapes) > _MOST_FACTORS:
-            raise SpecError(f"{len(shapes)} factors are more than the {_MOST_FACTORS} that a sequence may have")
-        for value in (*(n for shape in shapes for n in shape), *ranks):
-            if type(value) is not int or value < 1:
-                raise SpecError(f"factor shapes {shapes} and ranks {ranks} must be positive whole numbers")
         if len(ranks) != len(shapes) - 1:
             raise SpecError(f"{len(shapes)} factors take {len(shapes) - 1} ranks, got {len(ranks)}: {ranks}")
         if self.coupling not in ("tree", "chain"):
@@ -82,8 +86,9 @@ class SeKronSpec:
             and sorted(named) == list(range(length))
             and all(group and group == tuple(range(group[0], group[-1] + 1)) for group in run)
         ):
+            told = f", not {run}" if len(named) <= _MOST else ""
             raise SpecError(
-                f"a run of {length} factors names each of 0 … {length - 1} once, in groups of neighbours, not {run}"
+                f"a run of {length} factors names each of 0 … {length - 1} once, in groups of neighbours{told}"
             )
         object.__setattr__(self, "run", () if run == one_by_one(length) else run)
 

@@ -17,8 +17,8 @@ Labels = Sequence[tuple[float | Tensor, Tensor]]
 def training_loss(
     outputs: Tensor, labels: Labels, wanted: Tensor | None, task: Task, settings: TrainSettings
 ) -> Tensor:
-    """Return the loss of a batch without that of the blocks; the task's own where there is no teacher (None)."""
-    if wanted is None:
+    """Return the loss of a batch without that of the blocks; the task's own where no teacher (None) counts."""
+    if wanted is None or settings.label_weight == 1:
         return _label_loss(outputs, labels, task)
     loss = (1 - settings.label_weight) * softened_divergence(outputs, wanted, task, settings.temperature)
     if settings.label_weight > 0:

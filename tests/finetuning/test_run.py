@@ -2,6 +2,8 @@ import copy
 import csv
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 import kronsearch as ks
 from kronsearch.errors import CheckpointError, DataError, TrainingError
+from kronsearch.files import alone
 from kronsearch.finetuning import course, loop
 from kronsearch.finetuning.course import long_settings
 from kronsearch.models.apply import apply_plan, load_compressed, save_compressed
@@ -109,7 +112,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_weights(begin, whole, tmp_pat
 def test_what_has_not_taken_a_step_is_begun_with_other_settings(begin, tmp_path):
     with pytest.raises(Stopped, match="by the test"):
         begin(tmp_path, watch=stopping_at(0))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["checkpoint.safetensors"]
     assert begin(tmp_path, epochs=0.5).log["epoch"].iloc[-1] == 0.5
 
 
@@ -136,13 +139,41 @@ def test_in_whichever_modes_the_caller_is_it_does_the_same(begin, whole, tmp_pat
 
 
 def test_what_is_done_is_not_done_again(begin, whole):
-    before = {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()}
-    told = []
+    def files():
+        return {path.name: path.stat().st_mtime_ns for path in whole.out.glob("[!.]*")}
+
+    before, told = files(), []
     again = begin(whole.out, watch=told.append)
     assert again.was_done
     assert (again.dense, again.compressed) == (whole.dense, whole.compressed)
     assert {progress.phase for progress in told} == {"test"}
-    assert {path.name: path.stat().st_mtime_ns for path in whole.out.iterdir()} == before
+    assert files() == before
+
+
+def test_what_lies_in_the_place_of_its_network_is_looked_at(begin, whole, tmp_path):
+    shutil.copytree(whole.out, tmp_path / "out")
+    path = tmp_path / "out" / "compressed.safetensors"
+    state = load_state_dict(path)
+    name = next(name for name in state if "factors" in name)
+    for damaged in (state[name] * torch.nan, state[name][:1, :1]):
+        save_safetensors(state | {name: damaged}, path, read_metadata(path))
+        with pytest.raises(
+            CheckpointError, match="is not what this fine-tune left there, pass another --out: 1 "
+        ) as caught:
+            begin(tmp_path / "out")
+        assert "\n" not in str(caught.value)
+
+
+def test_of_two_in_one_folder_one_is_at_it_and_the_other_waits(begin, whole, tmp_path):
+    told = []
+    with ThreadPoolExecutor(1) as pool:
+        with alone(tmp_path / ".lock", lambda: None):
+            other = pool.submit(begin, tmp_path, watch=lambda progress: told.append(progress.message))
+            while "another fine-tune is at it" not in told:
+                assert not other.done()
+                time.sleep(0.01)
+            shutil.copytree(whole.out, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        assert other.result().was_done
 
 
 def test_progress_tells_steps_and_scores(begin, tmp_path):

@@ -66,9 +66,9 @@ class HandTimer:
 def stopwatch(digits_model, digits_cost, tmp_path):
     """Return what makes a stopwatch of a timer, whose shelf is the same each time."""
 
-    def make(timer, setting=None):
+    def make(timer, setting=None, model=digits_model):
         return Stopwatch(
-            digits_model,
+            model,
             digits_cost,
             replaceable(digits_cost, SearchSpace()),
             setting or Setting(),

@@ -1,10 +1,12 @@
 """What is measured of which candidates, and kept; the machine is a hand-made one."""
 
+import copy
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kronsearch.errors import ModelError
 from kronsearch.search import stopwatch as module
@@ -69,6 +71,25 @@ def test_each_is_measured_once_and_kept_on_the_shelf(stopwatch, hand_timer, digi
     for other in (stopwatch(timer), stopwatch(timer, Setting(batch=2)), stopwatch(timer, Setting(threads=2))):
         with pytest.raises(AssertionError, match="measured anew"):
             other.timed(digits_tables, keep_slower=False)
+
+
+def test_times_of_a_network_are_not_those_of_another_with_the_same_layers(
+    stopwatch, hand_timer, digits_model, digits_tables
+):
+    timer, plan = hand_timer(by_rank), {"block2.conv2": digits_tables[-2].spec(1)}
+    first = stopwatch(timer)
+    first.timed(digits_tables, keep_slower=False)
+    first.compare(plan)
+    timer.parts = never
+    other = copy.deepcopy(digits_model)
+    other.activation = nn.SiLU()
+    with pytest.raises(AssertionError, match="measured anew"):
+        stopwatch(timer, model=other).compare(plan)
+    half = stopwatch(timer, model=copy.deepcopy(digits_model).to(torch.bfloat16))
+    with pytest.raises(AssertionError, match="measured anew"):
+        half.compare(plan)
+    with pytest.raises(AssertionError, match="measured anew"):
+        half.timed(digits_tables, keep_slower=False)
 
 
 def test_what_the_shelf_holds_is_looked_at(stopwatch, hand_timer, tmp_path):

@@ -117,13 +117,19 @@ def test_what_was_found_for_a_smaller_budget_serves_a_larger_one_too():
     poor = Allocation((2,), {"macs": 60, "params": 9}, 0.51, gap=0.04)
     cheap = Allocation((3,), {"macs": 20, "params": 9}, 0.9, gap=0.1)
     told = SimpleNamespace(tell=lambda *step: None)
-    pace = SimpleNamespace(allocate=lambda problem, weighing: (problem.allocation, None))
+    pace = SimpleNamespace(
+        allocate=lambda problem, weighing: (problem.allocation, None),
+        checked=lambda problem, allocation: (allocation, None),
+    )
     problems = [problem(30, cheap), problem(50, good), problem(70, poor)]
     best = _allocations(problems, [pace] * 3, told)
     assert [allocation.chosen for allocation in best] == [(3,), (1,), (1,)]
     assert [allocation.gap for allocation in best] == pytest.approx([0.1, 0.0, 1 - 0.51 * (1 - 0.04) / 0.50])
     problems[1].candidates = []  # an index says nothing among other candidates
     assert [allocation.chosen for allocation in _allocations(problems, [pace] * 3, told)] == [(3,), (1,), (2,)]
+    missed = SimpleNamespace(allocate=pace.allocate, checked=lambda problem, allocation: None)
+    problems[1].candidates = CANDIDATES
+    assert [a.chosen for a in _allocations(problems, [pace, pace, missed], told)] == [(3,), (1,), (2,)]
     none = SimpleNamespace(allocate=lambda problem, weighing: None, budget="latency 5ms")
     with pytest.raises(BudgetError, match="no plan within latency 5ms was found"):
         _allocations(problems[:1], [none], told)

@@ -68,7 +68,11 @@ def test_lists_become_tuples():
         (((4, 1), (1, 4)), (0,), "positive whole numbers"),
         (((4, 1), (1, 4)), (2.0,), "positive whole numbers"),
         (((4, 1), (1, 4)), (), r"2 factors take 1 ranks, got 0: \(\)"),
-        (((1, 1),) * 17, (1,) * 16, "17 factors are more than the 16 that a sequence may have"),
+        (((1, 1),) * 17, (1,) * 16, "a sequence has at most 16 factors"),
+        (((1,) * 17, (1,) * 17), (1,), "at most 16 factors, of a kernel with as many modes"),
+        (((4, 1), (1, 4)), (1,) * 10**5, "at most 16 factors"),
+        (((4, 2**31), (1, 4)), (1,), "positive whole numbers below 2147483648$"),
+        (((4, 1), (1, 4)), (-(10**5000),), "positive whole numbers below 2147483648$"),
         (((4, 4),), (1,), r"1 factors take 0 ranks, got 1: \(1,\)"),
         (((4, 1), (1, 4)), (2, 2), "2 factors take 1 ranks, got 2"),
         (((4, 1), (1, 6)), (5,), r"rank 5 of .* is above 4, where the sum is exact already"),
@@ -79,6 +83,7 @@ def test_refused(shapes, ranks, message):
     with pytest.raises(SpecError, match=message) as caught:
         SeKronSpec(shapes, ranks)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_the_highest_rank_of_two_factors_is_allowed():
