@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kronsearch.budget import Budget
     from kronsearch.errors import KronsearchError
     from kronsearch.finetuning.run import FinetuneResult, finetune
-    from kronsearch.models.apply import apply_plan
+    from kronsearch.models.apply import apply_plan, load_compressed
     from kronsearch.models.bench import Timing, bench
     from kronsearch.models.loading import load_model
     from kronsearch.models.profile import ModelCost, profile_model
@@ -45,6 +45,7 @@ __all__ = [
     "apply_plan",
     "bench",
     "finetune",
+    "load_compressed",
     "load_data",
     "load_model",
     "load_plan",
@@ -74,6 +75,7 @@ _HOMES = {
     "apply_plan": "models.apply",
     "bench": "models.bench",
     "finetune": "finetuning.run",
+    "load_compressed": "models.apply",
     "load_data": "training.sources",
     "load_model": "models.loading",
     "load_plan": "plan",

@@ -14,6 +14,7 @@ __all__ = [
     "SpecError",
     "StudyError",
     "TrainingError",
+    "check_kind",
     "differences",
     "first_line",
 ]
@@ -64,6 +65,19 @@ class StudyError(KronsearchError, ValueError):
 
 class TrainingError(KronsearchError, ValueError):
     """A fine-tune has diverged, or can't be begun or resumed."""
+
+
+def check_kind(what: str, value: object, kinds: type | tuple[type, ...], error: type[KronsearchError]) -> None:
+    """Raise an error of one line unless a value is of a kind, or of one of several.
+
+    Args:
+        what: what it should be, such as "a budget is a Budget".
+        value: what the caller passed.
+        kinds: of values that will do.
+        error: its class.
+    """
+    if not isinstance(value, kinds):
+        raise error(f"{what}, not of type {type(value).__name__}")
 
 
 def first_line(error: BaseException) -> str:

@@ -124,8 +124,8 @@ def _measured(plan: Plan) -> list[str]:
         return asked
     where = f"batch {taken.batch}, {taken.threads} thread{'s' * (taken.threads > 1)}, {one_line(taken.device)}"
     told = (
-        f"latency: dense {taken.dense_ms:.4g} ms, compressed {taken.compressed_ms:.4g} ms, {taken.ratio:.1%} of dense "
-        f"(quartiles {taken.ratio_low:.1%}–{taken.ratio_high:.1%}; {where})"
+        f"latency: dense {taken.dense_ms:.4g} ms, compressed {taken.compressed_ms:.4g} ms; within pairs of runs "
+        f"{taken.ratio:.1%} of dense (quartiles {taken.ratio_low:.1%}–{taken.ratio_high:.1%}; {where})"
     )
     slower = "no faster than the dense network on this machine: see --budget-latency, or a larger --latency-batch"
     return [*asked, told, *([slower] if taken.ratio >= 1 and not asked else [])]

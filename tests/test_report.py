@@ -90,7 +90,8 @@ def test_what_a_plan_was_measured_to_take_is_told(plan):
     )
     slower = printed(comparison(plan.model_copy(update={"latency": taken})))
     told = (
-        "latency: dense 8.25 ms, compressed 10 ms, 125.0% of dense (quartiles 112.5%–150.0%; batch 1, 2 threads, cpu X)"
+        "latency: dense 8.25 ms, compressed 10 ms; within pairs of runs 125.0% of dense (quartiles 112.5%–150.0%; "
+        "batch 1, 2 threads, cpu X)"
     )
     assert told in slower
     assert "no faster than the dense network on this machine: see --budget-latency" in slower

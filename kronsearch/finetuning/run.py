@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kronsearch.choices import check_seed
-from kronsearch.errors import TrainingError
+from kronsearch.errors import TrainingError, check_kind
 from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Course, Found, Start, long_settings
 from kronsearch.finetuning.loop import COMPRESSED
@@ -20,8 +20,8 @@ from kronsearch.models.apply import apply_plan, load_compressed, stored_plan
 from kronsearch.models.checkpoint import check_storable, fingerprint_weights
 from kronsearch.plan import Plan, holds_weights, load_plan
 from kronsearch.progress import Phase, Progress, Watcher, ignore
-from kronsearch.training.copies import copied
-from kronsearch.training.data import Data, check_splits
+from kronsearch.training.copies import check_network, copied
+from kronsearch.training.data import Data, check_data, check_splits
 from kronsearch.training.evaluate import Evaluation, evaluate
 from kronsearch.training.modes import own_modes
 from kronsearch.training.team import Team, join
@@ -101,6 +101,10 @@ def finetune(
         TrainingError: the loss is no longer finite, or what is in `out` is of another fine-tune.
         KronsearchError: of another kind, where plan, network and data don't go together.
     """
+    check_network(model)
+    check_data(data)
+    told = "what a fine-tune starts with is a Plan, its file, or the file of a compressed network"
+    check_kind(told, start, (Plan, str, Path), TrainingError)
     check_seed(seed)
     team, own_device = join(device)
     watch = watch if team.leads else ignore

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kronsearch.errors import CheckpointError, PlanError
+from kronsearch.errors import CheckpointError, PlanError, check_kind
 from kronsearch.models.checkpoint import fill, load_state_dict, read_metadata, save_safetensors
 from kronsearch.models.factorised import empty_layer, factorise, replace_layers
 from kronsearch.models.profile import profile_model
@@ -16,8 +16,8 @@ from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import holds_groups
 from kronsearch.training.batchnorm import reestimate_batchnorm
-from kronsearch.training.copies import copied
-from kronsearch.training.data import Data
+from kronsearch.training.copies import check_network, copied
+from kronsearch.training.data import Data, check_data
 from kronsearch.training.modes import own_modes
 from kronsearch.training.precision import require_device
 
@@ -64,6 +64,9 @@ def apply_plan(
     Raises:
         PlanError: the plan was made for another network.
     """
+    check_kind("a plan is a Plan, such as load_plan returns", plan, Plan, PlanError)
+    if data is not None:
+        check_data(data)
     check_fits(model, plan)
     require_device(device)
     dense = copied(model).to(device)
@@ -101,6 +104,7 @@ def settle(model: nn.Module, data: Data, *, images: int, seed: int, device: torc
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
     """Raise `PlanError` unless a network has the layers that a plan replaces, and they can be replaced there."""
+    check_network(model)
     modules = dict(model.named_modules())
     for name, spec in plan.replaced.items():
         layer = modules.get(name)

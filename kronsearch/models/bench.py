@@ -28,6 +28,7 @@ from kronsearch.models.timing import (
     timing_conditions,
 )
 from kronsearch.sekron.layers import SeKronLayer
+from kronsearch.training.copies import check_network
 from kronsearch.training.precision import require_device
 
 __all__ = ["Timing", "bench", "save_timings"]
@@ -104,6 +105,8 @@ def bench(
         ModelError: a network can't run on such inputs, or nothing of it is replaced.
         StudyError: a batch or a number of threads is no whole number above zero.
     """
+    for network in (dense, compressed):
+        check_network(network)
     if not any(isinstance(module, SeKronLayer) for module in compressed.modules()):
         raise ModelError("no layer of the compressed network is factorised: pass what a plan was applied to")
     for batch, count in product(batches, (1,) if threads is None else threads):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,8 @@ __all__ = [
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _LAYERS = 4  # of such wrappers around one another
-_PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+_COUNTER = "n_averaged"  # of torch's AveragedModel
+_FOREIGN = re.compile(r"GLOBAL (\S{1,200}) was not an allowed global")  # what torch says of what it doesn't unpickle
 _LONGEST = 200  # characters of a name, or of what is wrong with a tensor, that are told
 _SAVED = "a torch.save file of tensors"
 _TYPE_NAMES = {
@@ -51,7 +53,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint onto the CPU, by name.
 
     A `.safetensors` file is read as such, any other as a torch.save file, of which nothing but tensors and plain
-    containers is unpickled; {"state_dict": …} and the like are unwrapped.
+    containers is unpickled; {"state_dict": …} and the like are unwrapped, and so is the one dict of tensors that stands
+    among other things.
     CheckpointError if the file is missing, truncated, of another kind, would take more memory than it is long, or holds
     anything but plain tensors.
     """
@@ -70,12 +73,10 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint into `model`; names and shapes must be the model's.
 
-    What DataParallel or torch.compile leave in front of names is taken off. CheckpointError otherwise, as of `fill`;
-    the model is then unchanged.
+    What wrappers such as DataParallel or torch.compile leave in front of all names is taken off. CheckpointError
+    otherwise, as of `fill`; the model is then unchanged.
     """
-    state = load_state_dict(path)
-    if not state.keys() <= model.state_dict().keys():  # the network may be a wrapper itself
-        state = _without_prefix(state)
+    state = _without_prefix(load_state_dict(path), model.state_dict().keys())
     fill(model, state, f"{path} does not fit {type(model).__name__}")
 
 
@@ -178,9 +179,13 @@ def _unreadable(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a hostile pickle can raise anything
+        foreign = _FOREIGN.search(str(error))
+        why = "is truncated, of another kind, or holds other objects"
+        if foreign is not None:
+            why = f"holds an object ({foreign[1]}), and to make one could run code"
         raise CheckpointError(
-            f"{path} can't be read as {expected} ({type(error).__name__}): it is truncated, of another kind, or holds "
-            "other objects; save the model's state_dict() by torch.save or safetensors"
+            f"{path} can't be read as {expected} ({type(error).__name__}): it {why}; save the model's state_dict() by "
+            "torch.save or safetensors"
         ) from error
 
 
@@ -197,8 +202,7 @@ def _refuse_bombs(path: Path) -> None:
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(_LAYERS):  # a dict may hold itself
-        inner = [content[key] for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
-        content = inner[0] if inner else content
+        content = _inner(content)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds {type(content).__name__} in place of tensors by name")
     strange = [
@@ -214,14 +218,28 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def _inner(content: Any) -> Any:
+    """Return what a dict holds under a usual name, or its one dict of tensors, if it has no others but scalars."""
+    if not isinstance(content, dict):
+        return content
+    if usual := [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]:
+        return usual[0]
+    held = [v for v in content.values() if isinstance(v, dict) and v and all(map(_is_plain, v.values()))]
+    return held[0] if len(held) == 1 and not any(_is_plain(v) and v.dim() for v in content.values()) else content
+
+
 def _is_plain(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    while state and (shared := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), "")):
-        state = {name.removeprefix(shared): value for name, value in state.items()}
-    return state
+def _without_prefix(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Return a state without what all of its names begin with, up to a point, if then there are some of these names."""
+    inner = {name: value for name, value in state.items() if name != _COUNTER or name in names}
+    while inner and not inner.keys() <= set(names) and all("." in name for name in inner):
+        if len({name.partition(".")[0] for name in inner}) > 1:
+            break
+        inner = {name.partition(".")[2]: value for name, value in inner.items()}
+    return inner if inner.keys() & set(names) else state
 
 
 def _difference(name: str, got: Tensor, expected: Tensor) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kronsearch.errors import ModelError, first_line
+from kronsearch.errors import CheckpointError, ModelError, first_line
+from kronsearch.models.apply import is_compressed
 from kronsearch.models.checkpoint import load_weights
 from kronsearch.models.zoo.cifar_resnet import (
     cifar_resnet20,
@@ -64,6 +65,11 @@ def load_model(spec: str, *, weights: str | Path | None = None, args: Mapping[st
         model = build(**kwargs)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} gave a {type(model).__name__}, not a torch.nn.Module")
+    if file is not None and is_compressed(file):
+        raise CheckpointError(
+            f"{file} holds a compressed network, not weights of {spec}: load_compressed(model, file) returns it, and "
+            "finetune, evaluate and bench take it"
+        )
     if file is not None:
         load_weights(model, file)
     return model.eval()

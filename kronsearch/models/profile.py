@@ -20,6 +20,7 @@ from kronsearch.models.trace_ops import FREE_OPS, HANDLERS
 from kronsearch.sekron.convolution import conv_geometry
 from kronsearch.sekron.execution import Geometry, dense_macs
 from kronsearch.sekron.layers import Conv
+from kronsearch.training.copies import check_network
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a loss that nobody here uses
@@ -95,7 +96,8 @@ def profile_model(model: nn.Module, *, input_shape: tuple[int, ...]) -> ModelCos
     """
     example = _example(model, input_shape)
     with _left_as_found(model) as fast_attention, torch.no_grad():
-        model.eval()
+        with _as_model_error(f"{type(model).__name__} has no eval mode"):
+            model.eval()
         asked = f"an input of shape (1, {', '.join(map(str, input_shape))})"
         with _as_model_error(f"{type(model).__name__} can't run on {asked}"):
             watched = watch_forward(model, example)
@@ -186,6 +188,9 @@ def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
 
 def _check_countable(model: nn.Module) -> None:
     """Raise ModelError for a network that can't be run yet, or not be traced."""
+    check_network(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{type(model).__name__} is a script: pass the network that it was made of")
     tensors = list(chain(model.parameters(), model.buffers()))
     if any(is_lazy(tensor) for tensor in tensors):
         raise ModelError(
@@ -199,26 +204,32 @@ def _check_countable(model: nn.Module) -> None:
         )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ModelError(
-            f"{type(model).__name__} is compiled: pass the network as it was before (`model._orig_mod`), and compile "
-            "what becomes of it"
+            f"{type(model).__name__} is compiled: pass the network as it was before (`model._orig_mod`, or one whose "
+            "compile() was not called), and compile what becomes of it"
         )
 
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[bool]:
-    """Restore each module's mode and hooks on leaving: fvcore leaves its hooks behind when a trace fails.
+    """Restore modes, hooks and buffers on leaving.
 
-    Inside, attention runs by its plain operators, because its fused kernel is one that fvcore can't see into. What is
-    given tells whether it would run by that.
+    fvcore leaves its hooks behind when a trace fails, and a network may count its calls in a buffer. Inside, attention
+    runs by its plain operators, because its fused kernel is one that fvcore can't see into. What is given tells whether
+    it would run by that.
     """
     modes = {module: module.training for module in model.modules()}
     hooks = {module: (set(module._forward_hooks), set(module._forward_pre_hooks)) for module in model.modules()}
+    buffers = [(own, own.clone()) for own in model.buffers() if own.layout == torch.strided and not own.is_inference()]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield fast_attention
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
+        with torch.no_grad():
+            for own, before in buffers:
+                if not torch.equal(own, before):
+                    own.copy_(before)
         for module, mode in modes.items():
             module.training = mode
             for kept, now in zip(hooks[module], (module._forward_hooks, module._forward_pre_hooks), strict=True):

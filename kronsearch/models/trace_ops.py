@@ -129,6 +129,7 @@ HANDLERS: Mapping[str, Callable[[Any, Any], int]] = {
     "aten::bmm": _product(0),
     "aten::mv": _product(0),
     "aten::dot": _product(0),
+    "aten::vdot": _product(0),
     "aten::cdist": _product(0),
     "aten::addmv": _product(1),
     "aten::baddbmm": _product(1),

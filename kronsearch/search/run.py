@@ -13,7 +13,7 @@ from torch import nn
 
 from kronsearch.budget import Budget
 from kronsearch.choices import DecoderName, SamplerName, SensitivityName, check_choices, check_length
-from kronsearch.errors import StudyError
+from kronsearch.errors import BudgetError, StudyError, check_kind
 from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.models.checkpoint import check_storable
 from kronsearch.plan import Plan, save_plan
@@ -146,6 +146,7 @@ def search(
     Raises:
         KronsearchError: of a kind that says what can't be done and what is possible instead.
     """
+    check_kind('a budget is a Budget, such as Budget(flops="50%")', budget, Budget, BudgetError)
     check_length(trials, timeout)
     if not 0 <= final_epochs < math.inf:
         raise StudyError(f"{final_epochs} final epochs are asked for: ask for 0 or more")

@@ -20,8 +20,8 @@ from kronsearch.search.score import Scorer
 from kronsearch.search.sensitivity import Damage, estimated
 from kronsearch.search.space import SearchSpace, load_space
 from kronsearch.search.stopwatch import Setting, Stopwatch
-from kronsearch.training.copies import copied
-from kronsearch.training.data import Data, check_splits
+from kronsearch.training.copies import check_network, copied
+from kronsearch.training.data import Data, check_data, check_splits
 from kronsearch.training.evaluate import evaluate
 from kronsearch.training.precision import require_device
 
@@ -67,6 +67,9 @@ class Subject:
         sensitivity: SensitivityName = "measured",
         watch: Watcher = ignore,
     ) -> None:
+        check_network(model)
+        if data is not None:
+            check_data(data)
         self.data, self.device, self.watch = data, device, watch
         check_choices(sensitivity=sensitivity)
         check_seed(seed)
@@ -78,7 +81,7 @@ class Subject:
         self._shelf = Shelf(None if cache is None else Path(cache))
         shape = input_shape or (data.input_shape if data is not None else None)
         if shape is None:
-            raise ModelError("without data the input shape is not known: pass --input-shape, such as 3,224,224")
+            raise ModelError("without data the input shape is not known: pass one (--input-shape), such as 3,224,224")
         if data is not None and tuple(shape) != tuple(data.input_shape):
             raise ModelError(
                 f"the input shape {tuple(shape)} is not the data's, {tuple(data.input_shape)}: leave it out"

@@ -6,9 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kronsearch.errors import ModelError, first_line
+from kronsearch.errors import ModelError, check_kind, first_line
 
-__all__ = ["copied"]
+__all__ = ["check_network", "copied"]
+
+
+def check_network(network: object) -> None:
+    """Raise ModelError unless it is a network."""
+    check_kind("a network is a torch.nn.Module, such as load_model returns", network, nn.Module, ModelError)
 
 
 def copied(network: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kronsearch.errors import DataError
+from kronsearch.errors import DataError, check_kind
 from kronsearch.training.task import Task
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Normalisation",
     "Split",
     "TensorData",
+    "check_data",
     "check_splits",
     "endless_train_batches",
     "epoch_order",
@@ -214,6 +215,12 @@ def train_inputs(
         yield inputs
         seen += len(inputs)
     batches.close()
+
+
+def check_data(data: object) -> None:
+    """Raise DataError unless these are data."""
+    told = "data are a kronsearch.training.data.Data, such as load_data returns or a TensorData of images and labels"
+    check_kind(told, data, Data, DataError)
 
 
 def check_splits(data: Data) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: what is read, what is refused in one line, and files that are the same for the same weights."""
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -40,6 +41,9 @@ def same(a, b):
         lambda state: {"model_state_dict": {f"module.{name}": value for name, value in state.items()}},
         lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
         lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}, "hyper_parameters": {}},
+        lambda state: {"n_averaged": torch.tensor(3)} | {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"net": state, "acc": torch.tensor(0.9), "epoch": 3, "optimizer": {"state": {}}},
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".bin"])
@@ -117,10 +121,17 @@ def test_a_packed_archive_is_refused_unread(tmp_path, monkeypatch):
         load_state_dict(packed)
 
 
-def test_a_prefix_of_some_names_only_stays(tmp_path):
-    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    torch.save(state, tmp_path / "w.pt")
-    assert load_state_dict(tmp_path / "w.pt").keys() == state.keys()
+@pytest.mark.parametrize("names", [("module.0.weight", "b"), ("module.a", "module.b")])
+def test_what_does_not_fit_without_its_prefix_is_told_as_it_is(tmp_path, names):
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=rf"2 unexpected \({', '.join(names)}\)"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_what_is_in_the_way_is_told(tmp_path):
+    torch.save({"model": dict(network().state_dict()), "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"it holds an object \(argparse.Namespace\), and to make one could run"):
+        load_state_dict(tmp_path / "w.pt")
 
 
 class Evil:
@@ -157,7 +168,7 @@ def test_foreign_truncated_and_hostile_files_are_refused_in_one_line(tmp_path, w
     path = tmp_path / f"w{suffix}"
     write(path)
     with pytest.raises(
-        CheckpointError, match=rf"w\{suffix} can't be read as a .* it is truncated, of another"
+        CheckpointError, match=rf"w\{suffix} can't be read as a .* it (is truncated, of another|holds an object)"
     ) as caught:
         load_state_dict(path)
     assert "\n" not in str(caught.value)
@@ -182,7 +193,11 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
         (torch.zeros(3), "holds Tensor in place of tensors by name"),
         ({"a": torch.zeros(1), "epoch": 3, 5: torch.zeros(1)}, r"by name \(epoch, a key of type int\)"),
         ({"a": torch.zeros(1, device="meta")}, r"holds more than tensors by name \(a\)"),
-        ({"teacher": {"a": torch.zeros(1)}}, r"holds more than tensors by name \(teacher\)"),
+        (
+            {"teacher": {"a": torch.zeros(1)}, "student": {"a": torch.zeros(1)}},
+            r"holds more than tensors by name \(teacher, student\)",
+        ),
+        ({"a": torch.zeros(1), "b": {"c": torch.zeros(1)}}, r"holds more than tensors by name \(b\)"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, content, message):

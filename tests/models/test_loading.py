@@ -69,6 +69,12 @@ def test_weights_from_a_file(tmp_path):
         load_model("zoo:cifar_resnet32", weights="none.pth")
 
 
+def test_a_compressed_network_is_no_weights_of_a_dense_one(tmp_path):
+    save_safetensors(loading.digits(), tmp_path / "w.safetensors", {"format": "kronsearch"})
+    with pytest.raises(CheckpointError, match="holds a compressed network, not weights of zoo:digits: load_compressed"):
+        load_model("zoo:digits", weights=tmp_path / "w.safetensors")
+
+
 def test_a_users_callable(project):
     model = load_model("users_model:net", args={"width": 6})
     assert isinstance(model, nn.Linear)

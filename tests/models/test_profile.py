@@ -160,15 +160,17 @@ def test_multi_head_attention_is_counted_in_full():
 
 
 class Remembers(nn.Module):
-    """Modes of its own, hooks, and a forward that can fail when traced."""
+    """Modes of its own, hooks, a count of its calls, and a forward that can fail when traced."""
 
     def __init__(self, fails=False):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
         self.frozen = nn.BatchNorm2d(4).eval()
+        self.register_buffer("calls", torch.zeros(()))
         self.fails = fails
 
     def forward(self, x):
+        self.calls += 1
         if self.fails and torch.jit.is_tracing():
             raise RuntimeError("no tracing, please\nand more lines")
         return self.frozen(self.conv(x))
@@ -191,6 +193,17 @@ def test_the_model_is_left_as_it_was(fails):
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == [0, 1, 0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def compiled_in_place():
+    model = nn.Linear(4, 3)
+    model.compile(backend="eager")
+    return model
+
+
+class NoModes(nn.Module):
+    def eval(self):
+        raise NotImplementedError("there is none")
 
 
 class Kron(nn.Module):
@@ -217,6 +230,10 @@ class Kron(nn.Module):
             (4,),
             "OptimizedModule is compiled: pass the network as it was",
         ),
+        (compiled_in_place(), (4,), r"Linear is compiled: .* or one whose compile\(\) was not called"),
+        (torch.jit.ScriptModule(), (4,), "ScriptModule is a script: pass the network that it was made of"),
+        (NoModes(), (4,), "NoModes has no eval mode: NotImplementedError: there is none"),
+        ("zoo:digits", (4,), "a network is a torch.nn.Module, such as load_model returns, not of type str"),
     ],
 )
 def test_errors_are_one_line(model, shape, message):

@@ -105,6 +105,7 @@ A = torch.zeros(6, 4, 5)
         (lambda x: torch.bmm(x[0], A[:2]), 2 * 3 * 4 * 5),
         (lambda x: torch.baddbmm(torch.zeros(1), x[0], A[:2]), 2 * 3 * 4 * 5),
         (lambda x: torch.mv(x[0, 0], torch.zeros(4)), 3 * 4),
+        (lambda x: torch.vdot(x[0, 0, 0], torch.zeros(4)), 4),
         (lambda x: torch.einsum("nbij,bjk->nbik", x, A[:2]), 2 * 3 * 4 * 5),
         (lambda x: torch.cdist(x[0], x[0, :, :1]), 2 * 3 * 1 * 4),
         (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 3 * 3 * (4 + 4)),
