@@ -136,12 +136,19 @@ class Decomposition(_Part):
     """How kernels become factors.
 
     `calibration_images` > 0 means data-aware; `batchnorm_images` is how many training images the statistics of batch
-    norms are re-estimated on; `seed` chooses both.
+    norms are re-estimated on; `sequential_images` > 0 on how many each layer is fitted in the network that those before
+    it have become, which gives batch norms theirs; `seed` chooses all.
     """
 
     calibration_images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)] = 0
     batchnorm_images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)] = 0
+    sequential_images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+    @model_serializer(mode="wrap")
+    def _plainly(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what plans from before it was there do without: they are written as they were."""
+        return {name: value for name, value in write(self).items() if name != "sequential_images" or value > 0}
 
 
 class Score(_Part):

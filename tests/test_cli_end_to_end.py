@@ -211,7 +211,8 @@ def test_a_fine_tune_that_can_not_be_is_refused(finished, tmp_path):
         ((plan, *MODEL, *data, "--lr", "1e30", "--epochs", "1", "--out", str(tmp_path / "gone")), "diverged at step"),
     ):
         assert words in refused("finetune", *args, "--quiet", cwd=tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["gone", "checkpoint.safetensors"]
+    assert [path.name for path in tmp_path.rglob("[!.]*")] == ["gone", "checkpoint.safetensors"]
+    assert not (finished / "found/.lock").exists()
 
 
 def test_a_front_is_written_and_one_of_its_plans_applied(finished):

@@ -226,3 +226,21 @@ def test_every_name_of_the_package_is_there():
     assert missing == []
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kronsearch.nothing  # noqa: B018
+
+
+def offered_by(tree: ast.Module) -> set[str] | None:
+    """Return the names in a module's `__all__`, None where it has none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_is_imported_from_a_module_is_offered_there(module):
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            offered = offered_by(MODULES[node.module])
+            if offered is not None:
+                taken = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in MODULES}
+                assert taken <= offered, f"{module} takes from {node.module} what is not in its __all__"

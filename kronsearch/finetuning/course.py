@@ -15,7 +15,7 @@ from kronsearch.files import make_folder
 from kronsearch.finetuning.loop import CHECKPOINT, COMPRESSED, Loop, Tell
 from kronsearch.finetuning.record import Record, read_record
 from kronsearch.finetuning.validation import Validation
-from kronsearch.models.apply import measured, skeleton, stream
+from kronsearch.models.apply import measured, skeleton
 from kronsearch.models.checkpoint import fill, fingerprint_weights, load_state_dict
 from kronsearch.models.structure import fingerprint_structure
 from kronsearch.plan import Plan
@@ -24,12 +24,12 @@ from kronsearch.training.data import Data
 from kronsearch.training.finetune import Trainer, trainable
 from kronsearch.training.precision import require_compiler
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
+from kronsearch.training.streams import Purpose, stream
 from kronsearch.training.team import ALONE, Team
 
 __all__ = ["APPLIED", "Course", "Ended", "Found", "Start", "long_settings", "new_trainer"]
 
 APPLIED = "applied"  # the content of a start that is the plan applied to the dense network with the data
-_BATCHES = 31  # stream of random numbers
 _AVERAGING = 0.998  # decay of the average of weights
 _LONG = 3_000  # steps: as many have batches mixed, and as many of a longer run have hints
 
@@ -223,7 +223,7 @@ def new_trainer(
         settings,
         teacher=dense,
         blocks=block_names(replaced),
-        generator=stream(seed, _BATCHES),
+        generator=stream(seed, Purpose.BATCHES),
         device=device,
         team=team,
     )

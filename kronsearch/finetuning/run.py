@@ -122,8 +122,10 @@ def finetune(
     begin = _start(dense, Path(start) if isinstance(start, str) else start, data, own_device, watch)
     out = Path(out)
     course = Course(dense, begin, data, settings, out=out, device=own_device, seed=seed, team=team)
-    if not out.exists():  # there is nothing that was done before: what can't be begun is known before there is a folder
+    if not out.exists():  # what is refused is refused before anything is written
         course.check_compiling()
+    elif team.leads:
+        _found(course, out)
     with _alone(out, team, lambda: tell("finetune", 0, 1, "another fine-tune is at it")):
         found = team.from_leader(_found(course, out) if team.leads else None)
         ended = course.run(found, None, lambda *told: tell("finetune", *told))

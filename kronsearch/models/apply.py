@@ -1,5 +1,6 @@
 """Applying a plan: the layers it names are replaced by factorised ones, in a copy of the network."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,22 +9,26 @@ from torch import nn
 from kronsearch.errors import CheckpointError, PlanError, check_kind
 from kronsearch.models.checkpoint import fill, load_state_dict, read_metadata, save_safetensors
 from kronsearch.models.factorised import empty_layer, factorise, replace_layers
-from kronsearch.models.profile import profile_model
+from kronsearch.models.profile import ModelCost, profile_model
+from kronsearch.models.sequential import factorise_in_order
 from kronsearch.models.statistics import gather_moments
-from kronsearch.plan import Cost, Plan, holds_weights, parse_plan
+from kronsearch.plan import Cost, Decomposition, Plan, holds_weights, parse_plan
 from kronsearch.progress import Progress, Watcher, ignore
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Metric
 from kronsearch.sekron.shapes import holds_groups
+from kronsearch.sekron.spec import SeKronSpec
 from kronsearch.training.batchnorm import reestimate_batchnorm
 from kronsearch.training.copies import check_network, copied
 from kronsearch.training.data import Data, check_data
 from kronsearch.training.modes import own_modes
 from kronsearch.training.precision import require_device
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = [
     "apply_plan",
     "calibrate",
+    "decomposed",
     "is_compressed",
     "load_compressed",
     "measured",
@@ -34,12 +39,6 @@ __all__ = [
 ]
 
 _FORMAT = "kronsearch"
-_CALIBRATION, _SETTLING = 1, 2  # streams of random numbers, added to a seed's multiple
-
-
-def stream(seed: int, purpose: int) -> torch.Generator:
-    """Return the generator of one purpose: its numbers depend on nothing that was drawn for another."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + purpose) % 2**63)
 
 
 @own_modes()
@@ -56,8 +55,8 @@ def apply_plan(
     Args:
         model: a network that has the layers which the plan replaces, with these kernel shapes.
         plan: what to replace by what.
-        data: with data the decomposition is data-aware where the plan says so, and the statistics of batch norms are
-            re-estimated; without, it rests on the weights alone.
+        data: with data the decomposition is as the plan says: data-aware, layer by layer (`factorise_in_order`, which
+            fits layers that stay dense, too), or with batch norms re-estimated; without, it rests on the weights alone.
         device: to calibrate on; the returned network is there.
         watch: is told of each layer.
 
@@ -67,7 +66,7 @@ def apply_plan(
     check_kind("a plan is a Plan, such as load_plan returns", plan, Plan, PlanError)
     if data is not None:
         check_data(data)
-    check_fits(model, plan)
+    cost = check_fits(model, plan)
     require_device(device)
     dense = copied(model).to(device)
     settings = plan.decomposition
@@ -77,14 +76,50 @@ def apply_plan(
         metrics = calibrate(
             dense, data, list(plan.replaced), images=settings.calibration_images, seed=settings.seed, device=device
         )
-    layers: dict[str, nn.Module] = {}
     count = len(plan.replaced)
-    for name, spec in plan.replaced.items():
-        watch(Progress(phase="apply", done=len(layers), total=count, message=name))
+
+    def tell(done: int, words: str) -> None:
+        watch(Progress(phase="apply", done=min(done, count), total=count, message=words))
+
+    return decomposed(dense, plan.replaced, cost, metrics, data, settings, device=device, tell=tell)
+
+
+def decomposed(
+    dense: nn.Module,
+    specs: Mapping[str, SeKronSpec],
+    cost: ModelCost,
+    metrics: Mapping[str, Metric],
+    data: Data | None,
+    settings: Decomposition,
+    *,
+    device: torch.device | str,
+    tell: Callable[[int, str], None],
+) -> nn.Module:
+    """Return a copy of a network with layers replaced, as the settings say.
+
+    Args:
+        dense: the network, on `device`.
+        specs: of the layers.
+        cost: its profile, which tells what else may be fitted.
+        metrics: of the layers; those that have none are decomposed as their weights are.
+        data: whose training split is read, or None.
+        settings: of the decomposition.
+        device: to run on.
+        tell: is called with the number of layers done, and the name of the next.
+    """
+    if data is not None and settings.sequential_images > 0:
+        free = [layer.name for layer in cost.layers if layer.keeps_dense is None]
+        generator, images = stream(settings.seed, Purpose.FITTING), settings.sequential_images
+        return factorise_in_order(
+            dense, specs, free, metrics, data, images=images, generator=generator, device=device, tell=tell
+        )
+    layers: dict[str, nn.Module] = {}
+    for name, spec in specs.items():
+        tell(len(layers), name)
         layers[name] = factorise(dense.get_submodule(name), spec, metrics.get(name))
     small = replace_layers(dense, layers)
     if data is not None and settings.batchnorm_images > 0:
-        watch(Progress(phase="apply", done=count, total=count, message="batch norms"))
+        tell(len(layers), "batch norms")
         settle(small, data, images=settings.batchnorm_images, seed=settings.seed, device=device)
     return small
 
@@ -93,17 +128,19 @@ def calibrate(
     model: nn.Module, data: Data, names: list[str], *, images: int, seed: int, device: torch.device | str
 ) -> dict[str, Metric]:
     """Return the metric of each named layer; the same seed, network and data give the same."""
-    moments = gather_moments(model, data, names, images=images, generator=stream(seed, _CALIBRATION), device=device)
+    moments = gather_moments(
+        model, data, names, images=images, generator=stream(seed, Purpose.CALIBRATION), device=device
+    )
     return {name: Metric(moment) for name, moment in moments.items()}
 
 
 def settle(model: nn.Module, data: Data, *, images: int, seed: int, device: torch.device | str) -> None:
     """Re-estimate batch-norm statistics in place; the same seed, network and data give the same."""
-    reestimate_batchnorm(model, data, images=images, generator=stream(seed, _SETTLING), device=device)
+    reestimate_batchnorm(model, data, images=images, generator=stream(seed, Purpose.SETTLING), device=device)
 
 
-def check_fits(model: nn.Module, plan: Plan) -> None:
-    """Raise `PlanError` unless a network has the layers that a plan replaces, and they can be replaced there."""
+def check_fits(model: nn.Module, plan: Plan) -> ModelCost:
+    """Return a network's profile; `PlanError` unless it has what a plan replaces, and that can be replaced there."""
     check_network(model)
     modules = dict(model.named_modules())
     for name, spec in plan.replaced.items():
@@ -124,6 +161,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     for name in plan.replaced:
         if (reason := cost.layer(name).keeps_dense) is not None:
             raise PlanError(f"the plan ({_made_for(plan)}) replaces {name!r}, which this model can't have: {reason}")
+    return cost
 
 
 def measured(plan: Plan, model: nn.Module, small: nn.Module) -> Plan:

@@ -18,17 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kronsearch.models.apply import stream
 from kronsearch.models.factorised import empty_layer, replace_layers
 from kronsearch.models.timing import Clock, Run, wait_for
 from kronsearch.sekron.layers import SeKronLayer
 from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = ["Lineup", "random_layer", "random_network", "time_lineups"]
 
 Lineup = Mapping[str, SeKronSpec]
 
-_FACTORS = 22  # stream of random numbers
 _AT_ONCE = 2**26  # entries of factors in memory at a time
 
 
@@ -136,7 +135,7 @@ def _layers(dense: Mapping[str, nn.Module], lineup: Lineup, inputs: Tensor) -> d
 
 
 def _random_layers(dense: Mapping[str, nn.Module], lineup: Lineup) -> dict[str, nn.Module]:
-    generator = stream(0, _FACTORS)
+    generator = stream(0, Purpose.FACTORS)
     return {name: random_layer(dense[name], spec, generator) for name, spec in lineup.items()}
 
 

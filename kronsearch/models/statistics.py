@@ -1,18 +1,14 @@
 """Calibration: the second moments of what enters each layer and of the gradients that come back to it."""
 
-import math
-import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kronsearch.errors import ModelError
-from kronsearch.sekron.convolution import conv_geometry
+from kronsearch.models.patches import WIDEST, Patches, batched, groups_of
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
 from kronsearch.training.blocks import input_of
@@ -23,20 +19,15 @@ from kronsearch.training.precision import eval_mode, forward
 __all__ = ["gather_moments"]
 
 _BATCH = 64
-_MOST_PATCHES = 100_000  # of each layer; beyond, a coarser grid of positions is read
-_WIDEST = 8192  # entries of an input patch
-_CHUNK = 2**24  # entries of unfolded patches in memory at a time
 
 
 class _Layer:
     """The sums for one layer."""
 
     def __init__(self, name: str, layer: Conv | nn.Linear, images: int) -> None:
-        self.layer, self.images = layer, images
-        # of its own: which other layers are looked at changes nothing for this one
-        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        self.layer, self.groups = layer, groups_of(layer)
+        self._read = Patches(name, layer, images).read
         width = layer.weight[0].numel()
-        self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         like = layer.weight.new_zeros((), dtype=torch.float32)
         self.inputs = like.new_zeros(width, width)
         # patches are summed up without the first ones' mean: what they vary by may be little beside it
@@ -47,9 +38,7 @@ class _Layer:
         self.before_norm = self.derived = False
 
     def see_inputs(self, data: Tensor) -> None:
-        if data.numel() == 0:
-            return
-        for found in self._patches(data.detach().float()):
+        for found, _ in self._read(data.detach().float()):
             if self.patches == 0:
                 self.origin = found.mean((0, 2))
             patches = found - self.origin[:, None]
@@ -64,44 +53,8 @@ class _Layer:
         if isinstance(self.layer, nn.Linear):
             rows = rows.reshape(-1, rows.shape[-1])
         else:
-            rows = self._batched(rows).flatten(2).mT.flatten(0, 1)
+            rows = batched(self.layer, rows).flatten(2).mT.flatten(0, 1)
         self.outputs.addmm_(rows.T, rows)
-
-    def _batched(self, data: Tensor) -> Tensor:
-        """View what enters or leaves a convolution, which may do without a batch, as a batch."""
-        return data.reshape(-1, *data.shape[1 - self.layer.weight.ndim :])
-
-    def _patches(self, data: Tensor) -> Iterable[Tensor]:
-        """Yield the inputs of every output, or of a grid of them, (examples, groups, patches, C·prod(extent))."""
-        layer = self.layer
-        if isinstance(layer, nn.Linear):
-            rows = data.reshape(-1, data.shape[-1])
-            step = math.ceil(len(rows) / len(data) * self.images / _MOST_PATCHES)
-            yield rows[self._offset(step, len(rows)) :: step][None, None]
-            return
-        data = self._batched(data)
-        geometry = conv_geometry(layer)
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        data = F.pad(data, [n for pair in reversed(geometry.padding) for n in pair], mode=mode)
-        spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        counts = [(n - span) // s + 1 for n, span, s in zip(data.shape[2:], spans, layer.stride, strict=True)]
-        seen = prod(counts) * self.images * layer.groups
-        step = math.ceil((seen / _MOST_PATCHES) ** (1 / len(spans)))
-        kept = 1
-        for axis, (span, stride, dilation, count) in enumerate(
-            zip(spans, layer.stride, layer.dilation, counts, strict=True)
-        ):
-            first = self._offset(step, count)
-            kept *= len(range(first, count, step))
-            data = data.narrow(2 + axis, first * stride, data.shape[2 + axis] - first * stride)
-            data = data.unfold(2 + axis, span, stride * step)[..., ::dilation]
-        examples = max(1, _CHUNK // (layer.groups * layer.weight[0].numel() * kept))
-        for chunk in torch.split(data, examples):
-            patches = chunk.reshape(len(chunk), layer.groups, -1, *chunk.shape[2:]).movedim(2, 2 + len(spans))
-            yield patches.flatten(-1 - len(spans)).flatten(2, -2)
-
-    def _offset(self, step: int, count: int) -> int:
-        return int(torch.randint(min(step, count), (), generator=self.generator))
 
     def moments(self, images: int) -> Moments:
         groups = self.groups
@@ -156,7 +109,7 @@ def gather_moments(
     sums = {
         name: _Layer(name, layer, images)
         for name, layer in layers.items()
-        if isinstance(layer, Conv | nn.Linear) and layer.weight[0].numel() <= _WIDEST
+        if isinstance(layer, Conv | nn.Linear) and layer.weight[0].numel() <= WIDEST
     }
     produced: dict[int, tuple[Tensor, int, _Layer]] = {}
     roots: list[Tensor] = []  # where gradients go back to

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kronsearch.errors import ModelError, first_line
-from kronsearch.models.apply import stream
 from kronsearch.training.copies import copied
 from kronsearch.training.memory import freed_memory_kept
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = [
     "LAYOUTS",
@@ -41,7 +41,6 @@ Clock = Callable[[], float]
 _WARMUP = 2  # runs of each before the first that counts
 _FEWEST = 5  # pairs, however long they take
 _MOST = 10_000  # pairs, however short they are
-_INPUTS = 21  # stream of random numbers
 
 
 class Network:
@@ -117,7 +116,7 @@ def device_name(device: torch.device) -> str:
 
 def random_inputs(*shape: int, device: torch.device | str) -> Tensor:
     """Return the random inputs that networks are timed on, (batch, *input shape); as tokens, all are the first."""
-    return torch.rand(*shape, generator=stream(0, _INPUTS)).to(device)
+    return torch.rand(*shape, generator=stream(0, Purpose.INPUTS)).to(device)
 
 
 @contextmanager

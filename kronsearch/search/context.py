@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronsearch.models.apply import stream
 from kronsearch.models.factorised import replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.allocate import Allocation
@@ -27,6 +26,7 @@ from kronsearch.training.distillation import softened_divergence
 from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import forward, precision_for, shield_gradients
 from kronsearch.training.schedule import TEMPERATURE
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = ["Context", "contributions"]
 
@@ -37,7 +37,6 @@ _IMAGES = (64, 2_048)  # the fewest and the most that a network is run on
 _BATCH = 64
 _WORK = 16 * 10**12  # MACs of a round, as far as the fewest images allow
 _RUNS = 4  # forward passes that one of the dense network and one forward and backward of the other come to
-_CONTEXT = 31  # stream of random numbers
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Context:
         kept = self.shelf.get("context", key)
         if kept is not None and set(kept) == set(specs) and all(found.numel() == 1 for found in kept.values()):
             return {name: float(found) for name, found in kept.items()}
-        found = contributions(self.scorer, specs, images, stream(self.scorer.settings.seed, _CONTEXT))
+        found = contributions(self.scorer, specs, images, stream(self.scorer.settings.seed, Purpose.CONTEXT))
         self.shelf.put(
             "context", key, {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kronsearch.finetuning.validation import Validation
-from kronsearch.models.apply import settle, stream
+from kronsearch.models.apply import settle
 from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.plan import Decomposition
 from kronsearch.search.effort import affordable
@@ -22,6 +22,7 @@ from kronsearch.training.data import Data
 from kronsearch.training.evaluate import Evaluation
 from kronsearch.training.finetune import finetune, trainable
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = ["Scorer"]
 
@@ -29,7 +30,6 @@ _PROXY_IMAGES = 16_000  # that a proxy fine-tune sees
 _SETTLED_IMAGES = (2_500, 4_000)  # the fewest and the most that a network is measured on before a fine-tune
 _SETTLED_WORK = 16 * 10**12  # MACs of the dense network for these, as far as the fewest allow
 _KEPT = 2**30  # bytes of factors that are kept between trials
-_PROXY = 11  # stream of random numbers
 
 
 class Scorer:
@@ -64,7 +64,10 @@ class Scorer:
         self._factorised: dict[tuple[str, SeKronSpec], SeKronLayer] = {}
 
     def build(self, specs: Mapping[str, SeKronSpec]) -> nn.Module:
-        """Return the network with these layers replaced and its batch norms re-estimated; as `apply_plan` with data."""
+        """Return the network with these layers replaced, each decomposed by itself, and its batch norms re-estimated.
+
+        What is handed over is made by `decomposed`, which fits them one after the other: several times as long.
+        """
         layers = {name: copy.deepcopy(self.layer(name, spec)) for name, spec in specs.items()}
         small = replace_layers(self.dense, layers)
         settle(small, self.data, images=self.settings.batchnorm_images, seed=self.settings.seed, device=self.device)
@@ -107,7 +110,7 @@ class Scorer:
             settings,
             teacher=self.dense,
             blocks=block_names(name for name, module in model.named_modules() if isinstance(module, SeKronLayer)),
-            generator=stream(seed, _PROXY),
+            generator=stream(seed, Purpose.PROXY),
             device=self.device,
         )
         finite = math.isfinite(report.loss)

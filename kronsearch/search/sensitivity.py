@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.choices import SensitivityName
-from kronsearch.models.apply import stream
 from kronsearch.models.factorised import factorise, replace_layers
 from kronsearch.models.shelf import Shelf
 from kronsearch.search.candidates import Candidates
@@ -23,6 +22,7 @@ from kronsearch.training.copies import copied
 from kronsearch.training.data import Data, train_inputs
 from kronsearch.training.memory import freed_memory_kept
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
+from kronsearch.training.streams import Purpose, stream
 
 __all__ = ["Damage", "estimated"]
 
@@ -31,7 +31,6 @@ _IMAGES = (32, 256)  # the fewest and the most that a network is run on
 _BATCH = 128
 _WORK = 8 * 10**12  # MACs of all runs together, as far as the fewest images allow
 _ENTRIES = 2**27  # of the dense network's outputs that are kept
-_MEASURING = 21  # stream of random numbers
 
 
 def estimated(
@@ -140,7 +139,7 @@ class Damage:
         return change
 
     def _images(self, count: int) -> list[Tensor]:
-        generator = stream(self._seed, _MEASURING)
+        generator = stream(self._seed, Purpose.SENSITIVITY)
         return list(train_inputs(self._data, min(_BATCH, count), count, generator=generator, device=self._device))
 
     def _fitting(self, inputs: list[Tensor]) -> list[Tensor]:

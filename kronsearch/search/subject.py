@@ -14,6 +14,7 @@ from kronsearch.plan import Decomposition
 from kronsearch.progress import Phase, Progress, Watcher, ignore
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.context import Context
+from kronsearch.search.effort import affordable
 from kronsearch.search.prepare import Prepared, measure, tabulate
 from kronsearch.search.reach import replaceable
 from kronsearch.search.score import Scorer
@@ -29,6 +30,8 @@ __all__ = ["Subject"]
 
 _CALIBRATION_IMAGES = 512
 _BATCHNORM_IMAGES = 2048
+_FITTED_IMAGES = (256, 2048)  # the fewest and the most that layers are fitted on, one after the other
+_FITTED_WORK = 2 * 10**13  # MACs for that, of which each layer takes about those of the dense network an image
 
 
 class Subject:
@@ -94,11 +97,15 @@ class Subject:
         for name in self.names:
             if not bool(self.dense.get_parameter(f"{name}.weight").isfinite().all()):
                 raise ModelError(f"the weight of {name} has entries that are not finite: pass a trained checkpoint")
-        self.settings = Decomposition(
-            calibration_images=_CALIBRATION_IMAGES if data is not None else 0,
-            batchnorm_images=_BATCHNORM_IMAGES if data is not None else 0,
-            seed=seed,
-        )
+        self.settings = Decomposition(seed=seed)
+        if data is not None:
+            fitted = sum(layer.keeps_dense is None for layer in self.cost.layers)
+            self.settings = Decomposition(
+                calibration_images=_CALIBRATION_IMAGES,
+                batchnorm_images=_BATCHNORM_IMAGES,
+                sequential_images=affordable(self.cost.macs * fitted, _FITTED_WORK, *_FITTED_IMAGES),
+                seed=seed,
+            )
         if data is not None:  # what the data and the network can't do together is known before anything is written
             check_splits(data)
             evaluate(self.dense, data, "val", limit=16, device=device)

@@ -15,7 +15,7 @@ from kronsearch.files import alone, make_folder
 from kronsearch.finetuning.course import APPLIED, Start
 from kronsearch.finetuning.loop import COMPRESSED
 from kronsearch.finetuning.validation import tested
-from kronsearch.models.apply import apply_plan, save_compressed
+from kronsearch.models.apply import decomposed, save_compressed
 from kronsearch.models.checkpoint import fingerprint_weights
 from kronsearch.plan import Latency, Plan
 from kronsearch.progress import Phase
@@ -36,7 +36,7 @@ from kronsearch.training.evaluate import Evaluation
 
 __all__ = ["Aim", "Work"]
 
-_REVISION = 11  # of how trials are proposed, and these and finalists measured: those of another can't be compared
+_REVISION = 12  # of how trials are proposed, and these and finalists measured: those of another can't be compared
 _FINAL, _LOCK = "final", ".final.lock"  # folder for the state of the final fine-tune, and who is at it
 
 
@@ -309,11 +309,17 @@ class Work:
         scorer = self.scorer()
 
         def build() -> nn.Module:
-            if scorer is None:
-                small = apply_plan(self.dense, plan, device=self.device, watch=self.subject.watch)
-            else:
-                self.subject.tell("apply", 0, 1)
-                small = scorer.build(plan.replaced)
+            count = len(plan.replaced)
+            small = decomposed(
+                self.dense,
+                plan.replaced,
+                self.subject.cost,
+                {} if scorer is None else scorer.metrics,
+                self.data,
+                plan.decomposition,
+                device=self.device,
+                tell=lambda done, words: self.subject.tell("apply", min(done, count), count, words),
+            )
             check_cost(small, plan)
             return small
 

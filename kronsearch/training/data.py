@@ -28,6 +28,7 @@ __all__ = [
     "no_training_batch",
     "to_device",
     "train_batch_count",
+    "train_inputs",
 ]
 
 Split = Literal["train", "val", "test"]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import kronsearch as ks
-from kronsearch.models.apply import stream
 from kronsearch.plan import parse_plan
 from kronsearch.search.score import Scorer
 from kronsearch.search.subject import Subject
@@ -31,6 +30,7 @@ from kronsearch.training.distillation import softened_divergence
 from kronsearch.training.finetune import finetune
 from kronsearch.training.precision import KERNELS, eval_mode, forward, precision_for
 from kronsearch.training.schedule import TrainSettings, default_rate, total_steps
+from kronsearch.training.streams import Purpose, stream
 
 IMAGES, TUNED_ON = 2_500, 24_000
 PRECISION = precision_for("cpu")
@@ -89,7 +89,7 @@ def measure(path: str, spec: str, weights: str, folder: str, out: str) -> None:
         small = scorer.build(plan.replaced)
         row = {"digest": digest, "predicted": plan.predicted_error} | told(small, "before")
         blocks = block_names(plan.replaced)
-        finetune(small, data, settings, teacher=subject.dense, blocks=blocks, generator=stream(0, 11))
+        finetune(small, data, settings, teacher=subject.dense, blocks=blocks, generator=stream(0, Purpose.PROXY))
         rows.append(row | told(small, "after"))
         pd.DataFrame(rows).to_csv(out, index=False)
         print(len(rows), len(plans), digest, flush=True)

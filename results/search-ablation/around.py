@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 import kronsearch as ks
 from kronsearch.models.factorised import replace_layers
 from kronsearch.models.shelf import Shelf
-from kronsearch.search.allocate import Choices
 from kronsearch.search.candidates import Candidates
 from kronsearch.search.decode import Problem, Weighing
 from kronsearch.search.pace import specs_of
@@ -47,9 +47,8 @@ class Varied(Problem):
 
     extra: dict[str, float]
 
-    def _choices(self, layer: Candidates, weighing: Weighing) -> Choices:
-        plain = super()._choices(layer, weighing)
-        return Choices(plain.costs, plain.error * math.exp(self.extra.get(layer.name, 0.0)))
+    def weighed(self, layer: Candidates, weighing: Weighing) -> NDArray[np.float64]:
+        return super().weighed(layer, weighing) * math.exp(self.extra.get(layer.name, 0.0))
 
 
 def apart(ours: Tensor, wanted: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def main(weights: str, folder: str, cache: str, out: str, count: int, asked: lis
             )
             allocation = problem.allocate(weighing)
             specs = specs_of(candidates, allocation)
-            layers = {name: copy.deepcopy(scorer._layer(name, spec)) for name, spec in specs.items()}
+            layers = {name: copy.deepcopy(scorer.layer(name, spec)) for name, spec in specs.items()}
             seen = damage._outputs(replace_layers(dense, layers))
             small = scorer.build(specs)
             validation = apart(outputs(small, data, "val", precision="bfloat16"), val)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kronsearch.errors import ModelError
-from kronsearch.models import statistics
+from kronsearch.models import patches as grids
 from kronsearch.models.factorised import factorise
 from kronsearch.models.statistics import gather_moments
 from kronsearch.sekron import Metric, SeKronSpec
@@ -419,7 +419,7 @@ def test_on_a_coarser_grid_the_patches_are_those_of_one_grid(case, monkeypatch):
     net = around(shape, conv)
     positions = net[:3](torch.zeros(1, 60)).shape[2:]
     most = prod(positions) * conv.groups * IMAGES // 3
-    monkeypatch.setattr(statistics, "_MOST_PATCHES", most)
+    monkeypatch.setattr(grids, "_MOST", most)
     moments = moments_of(net)
     inputs = seen_inputs(net, "2")
     matches = []
@@ -439,7 +439,7 @@ def test_patches_in_chunks_are_the_same(monkeypatch):
     shape, conv = CONVOLUTIONS["grouped"]
     net = around(shape, conv)
     whole = moments_of(net)
-    monkeypatch.setattr(statistics, "_CHUNK", 1)
+    monkeypatch.setattr(grids, "_CHUNK", 1)
     parts = moments_of(net)
     assert torch.allclose(whole.inputs, parts.inputs, atol=1e-5)
     assert torch.allclose(whole.mean, parts.mean, atol=1e-5)

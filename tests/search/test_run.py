@@ -95,7 +95,7 @@ def test_files_hold_what_the_result_does(found, digits_model):
     ]
 
 
-def test_the_plan_applied_with_data_is_what_the_search_scored(found, digits_model, digits_data):
+def test_the_plan_applied_with_data_is_what_the_search_hands_back(found, digits_model, digits_data):
     result, _ = found
     applied = ks.apply_plan(digits_model, result.plan, digits_data)
     untuned = ks.search(
@@ -305,7 +305,7 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, digits_
             CheckpointError,
             r"can't write rotation .torch.complex64. to .*out/compressed.safetensors",
         ),
-        ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, "pass --input-shape"),
+        ({"model": digits_model, "budget": ks.Budget(flops="50%")}, ModelError, r"pass one \(--input-shape\)"),
         (
             {"model": digits_model, "budget": half, "data": digits_data, "space": SearchSpace(keep_dense=("nowhere",))},
             SpaceError,

@@ -156,7 +156,7 @@ def test_what_can_not_be_is_refused_before_there_is_a_file(digits_model, tmp_pat
         ({"flops": "5%:50%:5", "params": "1%"}, BudgetError, "can't be reached: the smallest"),
         ({"flops": "50%:200%:5"}, BudgetError, "is kept by the dense model already"),
         ({"flops": "50%"}, BudgetError, "one budget given: pass several"),
-        ({"flops": "30%,50%", "input_shape": None}, ModelError, "pass --input-shape"),
+        ({"flops": "30%,50%", "input_shape": None}, ModelError, r"pass one \(--input-shape\)"),
     ):
         with pytest.raises(error, match=message):
             sweep(digits_model, **{"input_shape": SHAPE, "space": SPACE, "out": out, **budgets})
