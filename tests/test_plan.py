@@ -78,6 +78,14 @@ def with_conv(plan, spec):
     return plan.model_copy(update={"layers": layers, "model": identity}).model_dump_json()
 
 
+def test_images_that_layers_are_fitted_on_one_after_the_other_are_told_if_there_are_any(plan, tmp_path):
+    fitted = plan.model_copy(update={"decomposition": plan.decomposition.model_copy(update={"sequential_images": 64})})
+    save_plan(fitted, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == fitted
+    assert '"sequential_images":64' in fitted.model_dump_json()
+    assert "sequential" not in plan.model_dump_json()
+
+
 def test_a_run_is_told_unless_it_is_the_default(plan):
     shapes = ((8, 1, 1, 1), (1, 1, 3, 3), (1, 4, 1, 1))
     for run in ((), ((2,), (1,), (0,)), ((0,), (1, 2)), ((0, 1, 2),)):

@@ -30,7 +30,7 @@ __all__ = ["Subject"]
 
 _CALIBRATION_IMAGES = 512
 _BATCHNORM_IMAGES = 2048
-_FITTED_IMAGES = (256, 2048)  # the fewest and the most that layers are fitted on, one after the other
+_FITTED_IMAGES = (256, 1024)  # the fewest and the most that layers are fitted on, one after the other
 _FITTED_WORK = 2 * 10**13  # MACs for that, of which each layer takes about those of the dense network an image
 
 

@@ -63,7 +63,15 @@ SPECS = {
     "conv": SeKronSpec(cp_sequence((8, 3, 3, 3)), (4, 1)),
     "head": SeKronSpec(((5, 1), (1, 8)), (2,)),
 }
+SETTINGS = {"calibration_images": 8, "batchnorm_images": 8}
 INPUT = torch.linspace(-1, 1, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6)
+
+
+def make_data():
+    split = (torch.arange(20 * 3 * 6 * 6).reshape(20, 3, 6, 6).remainder(251).to(torch.uint8), torch.arange(20) % 5)
+    splits = {"train": split, "val": split, "test": split}
+    of_three = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    return TensorData(splits, spec="tiny", seed=0, task=Classification(5), **of_three, pad=0, flip=False)
 
 
 def test_the_network_is_left_untouched_and_the_layers_are_replaced():
@@ -111,17 +119,37 @@ def test_who_watches_is_told_of_each_layer():
     apply_plan(make(), plan_for(SPECS, SHAPES), watch=told.append)
     assert [(p.phase, p.done, p.total, p.message) for p in told] == [("apply", 0, 2, "conv"), ("apply", 1, 2, "head")]
     told.clear()
-    split = (torch.arange(20 * 3 * 6 * 6).reshape(20, 3, 6, 6).remainder(251).to(torch.uint8), torch.arange(20) % 5)
-    splits = {"train": split, "val": split, "test": split}
-    of_three = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
-    data = TensorData(splits, spec="tiny", seed=0, task=Classification(5), **of_three, pad=0, flip=False)
-    apply_plan(make(), plan_for(SPECS, SHAPES, calibration_images=8, batchnorm_images=8), data, watch=told.append)
+    apply_plan(make(), plan_for(SPECS, SHAPES, **SETTINGS), make_data(), watch=told.append)
     assert [(p.phase, p.done, p.message) for p in told] == [
         ("calibrate", 0, ""),
         ("apply", 0, "conv"),
         ("apply", 1, "head"),
         ("apply", 2, "batch norms"),
     ]
+    told.clear()
+    apply_plan(make(), plan_for(SPECS, SHAPES, sequential_images=8, **SETTINGS), make_data(), watch=told.append)
+    assert [(p.phase, p.done, p.message) for p in told] == [
+        ("calibrate", 0, ""),
+        ("apply", 0, "conv"),
+        ("apply", 1, "head"),
+    ]
+
+
+def test_layers_are_fitted_one_after_the_other_if_the_plan_says_so():
+    """Those that stay dense, too; without data the plan rests on the weights."""
+    model, data, specs = make(), make_data(), {"conv": SPECS["conv"]}
+    plain = apply_plan(model, plan_for(specs, SHAPES, **SETTINGS), data)
+    plan = plan_for(specs, SHAPES, sequential_images=20, **SETTINGS)
+    fitted, (images, _) = apply_plan(model, plan, data), next(data.batches("val", 20))
+    with torch.no_grad():
+        wanted = model(images)
+        far = [float((network(images) - wanted).square().sum()) for network in (fitted, plain)]
+    assert far[0] < 0.5 * far[1]
+    assert not torch.equal(fitted.head.weight, model.head.weight)
+    assert torch.equal(plain.head.weight, model.head.weight)
+    without = apply_plan(model, plan)
+    assert torch.equal(without.head.weight, model.head.weight)
+    assert torch.equal(without.conv.kernel, apply_plan(model, plan_for(specs, SHAPES)).conv.kernel)
 
 
 def test_an_all_dense_plan_gives_bit_equal_outputs():
