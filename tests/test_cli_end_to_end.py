@@ -27,7 +27,7 @@ SHORT = "from kronsearch.search import score; score._PROXY_IMAGES //= 16"
 PROGRAM = (sys.executable, "-c", f"{SHORT}; from kronsearch.cli import main; main()")
 MODEL = ("--model", "zoo:digits")
 RUN = ("run", *MODEL, "--data", "digits", "--budget-flops", "50%", "--final-epochs", "0.2")
-PATIENCE = 120  # seconds for anything; a search of two trials takes about ten
+PATIENCE = 300  # seconds for anything; a search of two trials takes about ten, where nothing else runs
 ENDED = ("COMPLETE", "PRUNED")
 
 
