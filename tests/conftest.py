@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch import nn
 
 from kronsearch.plan import (
     Cost,
@@ -22,6 +23,7 @@ from kronsearch.plan import (
     fingerprint,
 )
 from kronsearch.sekron.spec import SeKronSpec
+from kronsearch.training.data import Data
 
 # The same examples each time, and no deadline: a busy machine is no error.
 settings.register_profile("kronsearch", derandomize=True, deadline=None)
@@ -32,6 +34,20 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 SPEC = SeKronSpec(((8, 1, 3, 1), (1, 4, 1, 3)), (2,))
+
+
+@pytest.fixture(scope="session")
+def digits_model() -> nn.Module:
+    from kronsearch.models.loading import load_model
+
+    return load_model("zoo:digits")
+
+
+@pytest.fixture(scope="session")
+def digits_data() -> Data:
+    from kronsearch.training.sources import load_data
+
+    return load_data("digits", seed=0)
 
 
 @pytest.fixture(scope="module")

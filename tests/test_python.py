@@ -8,16 +8,6 @@ import kronsearch as ks
 BUDGET = ks.Budget(params="50%")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return ks.load_model("zoo:digits")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return ks.load_data("digits", seed=0)
-
-
 @pytest.mark.parametrize(
     ("call", "told"),
     [
@@ -39,6 +29,6 @@ def data():
         (lambda model, data: ks.profile_model("zoo:digits", input_shape=(1, 8, 8)), "a network is a torch.nn.Module"),
     ],
 )
-def test_it_is_told(model, data, call, told):
+def test_it_is_told(digits_model, digits_data, call, told):
     with pytest.raises(ks.KronsearchError, match=rf"^{told}.*, not of type \w+$"):
-        call(model, data)
+        call(digits_model, digits_data)

@@ -79,7 +79,7 @@ def apply_plan(
     count = len(plan.replaced)
 
     def tell(done: int, words: str) -> None:
-        watch(Progress(phase="apply", done=min(done, count), total=count, message=words))
+        watch(Progress(phase="apply", done=done, total=count, message=words))
 
     return decomposed(dense, plan.replaced, cost, metrics, data, settings, device=device, tell=tell)
 
@@ -105,7 +105,7 @@ def decomposed(
         data: whose training split is read, or None.
         settings: of the decomposition.
         device: to run on.
-        tell: is called with the number of layers done, and the name of the next.
+        tell: is called with the number of layers that are replaced, and the name of the next.
     """
     if data is not None and settings.sequential_images > 0:
         free = [layer.name for layer in cost.layers if layer.keeps_dense is None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kronsearch.models.factorised import factorise, replace_layers
+from kronsearch.models.outputs import Outputs
 from kronsearch.models.patches import WIDEST, Patches, groups_of
 from kronsearch.sekron.layers import Conv, SeKronLayer
 from kronsearch.sekron.metrics import Metric, Moments
@@ -129,7 +130,7 @@ def factorise_in_order(
         images: about how many, augmented as for training.
         generator: chooses them.
         device: to run on.
-        tell: is called with the number of layers done and the name of the next.
+        tell: is called with the number of layers that are replaced, and the name of the next that is fitted.
     """
     batches = list(train_inputs(data, min(_BATCH, images), images, generator=generator, device=device))
     seen = _survey(dense, batches[0])
@@ -137,7 +138,8 @@ def factorise_in_order(
     wanted = [name for name in wanted if dense.get_parameter(f"{name}.weight")[0].numel() <= WIDEST]
     alone = {n: factorise(dense.get_submodule(n), s, metrics.get(n)) for n, s in specs.items() if n not in wanted}
     small = replace_layers(dense, alone)
-    for done, name in enumerate(wanted):
+    done = len(alone)
+    for name in wanted:
         tell(done, name)
         sums = _gather(dense, small, name, seen.calls[name], batches)
         layer, metric, norm = small.get_submodule(name), metrics.get(name), seen.norms.get(name)
@@ -145,7 +147,7 @@ def factorise_in_order(
             outputs = None if metric is None else metric.moments.outputs
             layer, metric = _fitted(layer, sums, outputs, normed=norm is not None)
         if name in specs:
-            layer = factorise(layer, specs[name], metric)
+            layer, done = factorise(layer, specs[name], metric), done + 1
         small = replace_layers(small, {name: layer})
         if norm is not None and sums.told:
             _set_norm(small.get_submodule(norm), layer, sums)
@@ -154,7 +156,7 @@ def factorise_in_order(
 
 def _survey(dense: nn.Module, batch: Tensor) -> _Survey:
     seen = _Survey()
-    produced: dict[int, tuple[Tensor, int, str]] = {}
+    produced: Outputs[str] = Outputs()
     norms: dict[str, list[str | None]] = {}  # whose outputs each batch norm was called with
 
     def on_layer(name: str) -> Callable[..., None]:
@@ -162,15 +164,13 @@ def _survey(dense: nn.Module, batch: Tensor) -> _Survey:
             if name not in seen.calls:
                 seen.order.append(name)
             seen.calls[name] = seen.calls.get(name, 0) + 1
-            produced[id(output)] = (output, output._version, name)
+            produced.put(output, name)
 
         return hook
 
     def on_norm(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            output, version, layer = produced.get(id(input_of(inputs, named)), (None, 0, ""))
-            as_it_is = output is not None and output._version == version
-            norms.setdefault(name, []).append(layer if as_it_is else None)
+            norms.setdefault(name, []).append(produced.whose(input_of(inputs, named)))
 
         return hook
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronsearch.errors import ModelError
+from kronsearch.models.outputs import Outputs
 from kronsearch.models.patches import WIDEST, Patches, batched, groups_of
 from kronsearch.sekron.layers import Conv
 from kronsearch.sekron.metrics import Moments
@@ -111,7 +112,7 @@ def gather_moments(
         for name, layer in layers.items()
         if isinstance(layer, Conv | nn.Linear) and layer.weight[0].numel() <= WIDEST
     }
-    produced: dict[int, tuple[Tensor, int, _Layer]] = {}
+    produced: Outputs[_Layer] = Outputs()
     roots: list[Tensor] = []  # where gradients go back to
 
     def rooted(value: Any) -> Any:
@@ -129,16 +130,14 @@ def gather_moments(
     def on_forward(seen: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             seen.see_inputs(input_of(inputs, named))
-            if not output.is_inference():  # of which no versions are counted
-                produced[id(output)] = (output, output._version, seen)
+            produced.put(output, seen)
             if output.requires_grad:
                 output.register_hook(seen.see_gradients)  # type: ignore[no-untyped-call]
 
         return hook
 
     def on_norm(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        output, version, seen = produced.get(id(input_of(inputs, named)), (None, 0, None))
-        if output is not None and seen is not None and output._version == version:  # no activation in place between
+        if (seen := produced.whose(input_of(inputs, named))) is not None:  # no activation in place between
             seen.before_norm = True
 
     done = 0

@@ -318,7 +318,7 @@ class Work:
                 self.data,
                 plan.decomposition,
                 device=self.device,
-                tell=lambda done, words: self.subject.tell("apply", min(done, count), count, words),
+                tell=lambda done, words: self.subject.tell("apply", done, count, words),
             )
             check_cost(small, plan)
             return small

@@ -9,11 +9,6 @@ from kronsearch.finetuning.validation import Validation
 
 
 @pytest.fixture(scope="module")
-def digits_model():
-    return ks.load_model("zoo:digits")
-
-
-@pytest.fixture(scope="module")
 def mediocre(digits_model):
     """A network that is right about as often as not."""
     model, generator = copy.deepcopy(digits_model), torch.Generator().manual_seed(0)

@@ -186,3 +186,21 @@ def test_a_group_that_nothing_enters_keeps_its_kernel(dense):
     small = in_order(dense, EXACT)
     torch.testing.assert_close(small.grouped.kernel, dense.grouped.weight, rtol=1e-4, atol=1e-4)
     assert all(bool(value.isfinite().all()) for value in small.state_dict().values())
+
+
+class Inferred(Net):
+    """Its stem runs in inference mode, where no versions of tensors are counted."""
+
+    def forward(self, x):
+        with torch.inference_mode():
+            y = self.stem(x)
+        return self.head(self.norm(y).relu().mean((2, 3)))
+
+
+def test_a_layer_that_runs_in_inference_mode_is_fitted_without_its_norm():
+    dense = Inferred().eval()
+    small = in_order(dense, {"stem": SPECS["stem"]}, free=["stem", "head"])
+    assert isinstance(small.stem, SeKronLayer)
+    assert torch.equal(small.norm.running_mean, dense.norm.running_mean)
+    with torch.no_grad():
+        assert far(small, dense) < float(dense(images()).square().mean())
